@@ -1,0 +1,90 @@
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "selm/kernels/engine.hpp"
+#include "selm/model/decoder_config.hpp"
+#include "selm/model/packed.hpp"
+#include "selm/model/weights.hpp"
+
+namespace selm {
+
+/// Receives weight gradients. Buffers are f32 [rows, columns] of decoder_parameters()[index]; backward adds to them.
+class GradientSink {
+  public:
+    virtual ~GradientSink() = default;
+    virtual Tensor gradient(std::int64_t parameter) = 0;
+    /// Called once per backward pass when a parameter's gradient of this pass is complete (last layer first).
+    virtual void ready(std::int64_t parameter) = 0;
+};
+
+/**
+ * @brief Decoder-only transformer of the Llama family, written once against Engine with an explicit backward.
+ *
+ * Does not communicate. Row invariance follows the engine's: a packed row's results do not depend on the other rows.
+ */
+class Decoder {
+  public:
+    Decoder(DecoderConfig config, Engine& engine, WeightStore& weights);
+    ~Decoder();
+    const DecoderConfig& config() const;
+    Engine& engine() const;
+
+    /// What a kept forward pass saves for backward.
+    class Pass {
+      public:
+        virtual ~Pass() = default;
+        virtual Tensor hidden() const = 0; ///< [R, H] after the final norm, at batch.selected
+    };
+    /// Runs all layers. @param keep false: saves nothing, backward is impossible. The batch is copied where needed.
+    std::unique_ptr<Pass> forward(const PackedBatch& batch, bool keep);
+    /// From d(loss)/d(hidden) [R, H]; consumes the pass's activations (call once).
+    void backward(Pass& pass, const Tensor& d_hidden, GradientSink& gradients);
+
+    /// Log-probs of batch.targets (f32, [R]), forward only.
+    std::vector<float> log_probs(const PackedBatch& batch);
+
+    /// Log-probs with a kept pass, then the backward of sum_i g[i] * log_prob[i].
+    class ScoredPass {
+      public:
+        virtual ~ScoredPass() = default;
+        virtual std::span<const float> log_probs() const = 0; ///< [R]
+    };
+    std::unique_ptr<ScoredPass> forward_scored(const PackedBatch& batch);
+    void backward_scored(ScoredPass& pass, std::span<const float> g, GradientSink& gradients);
+
+    /// Upper bound of activation bytes of a kept pass with `tokens` tokens and `scored` scored rows.
+    std::int64_t activation_bytes(std::int64_t tokens, std::int64_t scored) const;
+
+  private:
+    struct Impl;
+    std::unique_ptr<Impl> impl_;
+};
+
+/// A work item of a decoding step: tokens of one sequence at consecutive positions.
+struct DecodeWork {
+    std::int64_t slot = 0;
+    std::int64_t position_begin = 0; ///< prefill: a multiple of prefill_tile
+    std::span<const std::int32_t> tokens;
+    bool prefill = false;
+    bool wants_logits = false; ///< of the last token
+};
+
+/// Continuous-batching decoder state over a preallocated KV cache.
+class DecodeSession {
+  public:
+    DecodeSession(Decoder& decoder, std::int64_t slots, std::int64_t capacity);
+    ~DecodeSession();
+    /// Runs one step; result: f32 logits [number of works that want them, V] in work order, valid until the next step.
+    Tensor step(std::span<const DecodeWork> work);
+
+  private:
+    struct Impl;
+    std::unique_ptr<Impl> impl_;
+};
+
+} // namespace selm

@@ -1,0 +1,77 @@
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "selm/kernels/engine.hpp"
+#include "selm/model/decoder_config.hpp"
+#include "selm/model/safetensors.hpp"
+
+namespace selm {
+
+struct LayerWeights {
+    Tensor input_norm; ///< f32 [1, H]
+    PackedWeight qkv;  ///< [QKV, H]
+    PackedWeight out;  ///< [H, NH*D]
+    Tensor post_norm;
+    PackedWeight gate_up; ///< [2I, H]
+    PackedWeight down;    ///< [H, I]
+};
+
+/// Where a decoder's weights come from. The caller injects it; a sharded store gathers in layer() and frees in release().
+class WeightStore {
+  public:
+    virtual ~WeightStore() = default;
+    virtual const LayerWeights& layer(std::int64_t index) = 0;
+    virtual void release(std::int64_t index) = 0;
+    virtual const Tensor& embedding() = 0; ///< [V, H] f32 or bf16
+    virtual const Tensor& final_norm() = 0;
+    /// Language-model head [V, H] (the packed embedding when tied) or score head [1, H].
+    virtual const PackedWeight& head() = 0;
+};
+
+/// Gives the memory of one packed weight store: f32 elements, alignment 64 bytes.
+using WeightMemory = std::function<Tensor(std::int64_t elements)>;
+
+/**
+ * @brief All weights resident and packed. Reads a checkpoint directory, or is refreshed from a flat f32 parameter buffer.
+ *
+ * Node-shared use: every rank of a node passes the same shared memory; rank r of n packs parameters r, r+n, ...; the
+ * caller fences before use.
+ */
+class ResidentWeights final : public WeightStore {
+  public:
+    struct Options {
+        DType dtype = DType::bf16;   ///< bf16: values are rounded to bf16 on loading
+        bool with_backward = false;
+        int part = 0, parts = 1;     ///< this rank packs parameters i with i % parts == part
+    };
+    /// f32 elements that memory() must provide for this config.
+    static std::int64_t memory_elements(const DecoderConfig& config, const Engine& engine, bool with_backward);
+
+    /// From a checkpoint directory. @param memory one block of memory_elements(), zero-cost to share; empty function:
+    /// private memory from the engine. @throws Error as SafetensorsReader.
+    ResidentWeights(const DecoderConfig& config, Engine& engine, const SafetensorsReader& reader, const Options& options,
+                    const Tensor& memory);
+    /// From flat parameters: `parameters[i]` is f32 [rows, columns] of decoder_parameters()[i], borrowed for the object's life.
+    ResidentWeights(const DecoderConfig& config, Engine& engine, std::vector<Tensor> parameters, const Options& options);
+    ~ResidentWeights() override;
+
+    /// Repacks everything from the flat parameters after an optimizer step.
+    void refresh();
+
+    const LayerWeights& layer(std::int64_t index) override;
+    void release(std::int64_t) override {}
+    const Tensor& embedding() override;
+    const Tensor& final_norm() override;
+    const PackedWeight& head() override;
+
+  private:
+    struct Impl;
+    std::unique_ptr<Impl> impl_;
+};
+
+} // namespace selm
