@@ -1,0 +1,45 @@
+# Third-party packages as targets: MPI::MPI_C selm::hdf5 selm::kokkos selm::torch selm::parquet selm::xsmm selm::pcre2
+# selm::xxhash nlohmann_json::nlohmann_json Boost::program_options GTest::gtest.
+
+find_package(Threads REQUIRED)
+
+# --- MPI (the C interface; the C++ bindings of MPI-2 are left out)
+find_package(MPI REQUIRED COMPONENTS C)
+target_compile_definitions(MPI::MPI_C INTERFACE OMPI_SKIP_MPICXX MPICH_SKIP_MPICXX)
+set(SELM_MPI_TEXT "${MPI_C_VERSION}")
+
+# --- HDF5, parallel
+set(HDF5_PREFER_PARALLEL ON)
+find_package(HDF5 REQUIRED COMPONENTS C)
+if(NOT HDF5_IS_PARALLEL)
+    message(FATAL_ERROR "HDF5 ${HDF5_VERSION} was found without MPI support (all ranks write one file together). "
+                        "Install the parallel HDF5 (Debian: libhdf5-openmpi-dev) or point HDF5_ROOT at one.")
+endif()
+add_library(selm_hdf5 INTERFACE)
+add_library(selm::hdf5 ALIAS selm_hdf5)
+target_link_libraries(selm_hdf5 INTERFACE hdf5::hdf5 MPI::MPI_C)
+
+# --- Boost.Program_options, nlohmann_json
+find_package(Boost 1.74 REQUIRED COMPONENTS program_options)
+find_package(nlohmann_json 3.11 REQUIRED)
+
+# --- the ones with a find module of their own (cmake/Find*.cmake)
+find_package(SelmKokkos REQUIRED)
+find_package(SelmXsmm REQUIRED)
+find_package(SelmPcre2 REQUIRED)
+find_package(SelmXxhash REQUIRED)
+
+if(NOT SELM_PYTHON_SITE)
+    file(GLOB selm_site_candidates "${CMAKE_SOURCE_DIR}/.venv/lib/python3*/site-packages")
+    if(selm_site_candidates)
+        list(GET selm_site_candidates 0 selm_site)
+        set(SELM_PYTHON_SITE "${selm_site}" CACHE PATH "site-packages directory with torch/ and pyarrow/" FORCE)
+    endif()
+endif()
+find_package(SelmTorch REQUIRED)
+find_package(SelmParquet REQUIRED)
+
+if(SELM_BUILD_TESTS)
+    find_package(GTest REQUIRED)
+    find_package(Python3 REQUIRED COMPONENTS Interpreter)
+endif()

@@ -1,0 +1,89 @@
+# Targets of the modules and programs, and the flags that all of them share.
+
+add_library(selm_flags INTERFACE)
+target_compile_options(selm_flags INTERFACE -Wall -Wextra)
+if(SELM_WARNINGS_AS_ERRORS)
+    target_compile_options(selm_flags INTERFACE -Werror)
+endif()
+if(SELM_NATIVE)
+    target_compile_options(selm_flags INTERFACE -march=native)
+endif()
+if(SELM_SANITIZE)
+    target_compile_options(selm_flags INTERFACE -fsanitize=${SELM_SANITIZE} -fno-omit-frame-pointer)
+    target_link_options(selm_flags INTERFACE -fsanitize=${SELM_SANITIZE})
+endif()
+if(SELM_ENABLE_CUDA)
+    target_compile_definitions(selm_flags INTERFACE SELM_ENABLE_CUDA=1)
+endif()
+
+# Version and git commit, refreshed at every build, rewritten only when changed.
+set(SELM_GENERATED_DIR "${CMAKE_BINARY_DIR}/generated")
+string(TOUPPER "${CMAKE_BUILD_TYPE}" selm_build_type_upper)
+set(selm_native_text "")
+if(SELM_NATIVE)
+    set(selm_native_text " -march=native")
+endif()
+set(selm_sanitize_text "")
+if(SELM_SANITIZE)
+    set(selm_sanitize_text " -fsanitize=${SELM_SANITIZE}")
+endif()
+string(STRIP "${CMAKE_CXX_FLAGS} ${CMAKE_CXX_FLAGS_${selm_build_type_upper}}${selm_native_text}${selm_sanitize_text}" selm_flag_text)
+string(JOIN ", " selm_library_text
+       "MPI ${SELM_MPI_TEXT}" "HDF5 ${HDF5_VERSION}" "Kokkos ${SELM_KOKKOS_VERSION}" "LibTorch ${SELM_TORCH_VERSION}"
+       "Arrow ${SELM_ARROW_VERSION}" "Boost ${Boost_VERSION_STRING}")
+add_custom_target(selm_build_info
+    COMMAND ${CMAKE_COMMAND} -DSOURCE_DIR=${CMAKE_SOURCE_DIR} -DOUTPUT=${SELM_GENERATED_DIR}/selm_build_info.hpp
+            -DVERSION=${PROJECT_VERSION} "-DCOMPILER=${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER_VERSION}"
+            "-DFLAGS=${selm_flag_text}" "-DLIBRARIES=${selm_library_text}"
+            -P ${CMAKE_SOURCE_DIR}/cmake/write_build_info.cmake
+    BYPRODUCTS ${SELM_GENERATED_DIR}/selm_build_info.hpp
+    VERBATIM)
+
+# selm_add_module(NAME [MODULES m...] [PUBLIC lib...] [PRIVATE lib...]): target selm_NAME, alias selm::NAME, from
+# src/NAME/*.cpp. MODULES are linked PUBLIC, because public headers include theirs. Without sources: an interface library.
+function(selm_add_module name)
+    cmake_parse_arguments(PARSE_ARGV 1 arg "" "" "MODULES;PUBLIC;PRIVATE")
+    file(GLOB sources CONFIGURE_DEPENDS "${CMAKE_SOURCE_DIR}/src/${name}/*.cpp")
+    list(TRANSFORM arg_MODULES PREPEND "selm::")
+    if(sources)
+        add_library(selm_${name} STATIC ${sources})
+        target_include_directories(selm_${name} PUBLIC "${CMAKE_SOURCE_DIR}/include" PRIVATE "${CMAKE_SOURCE_DIR}/src/${name}")
+        target_link_libraries(selm_${name} PUBLIC ${arg_MODULES} ${arg_PUBLIC} PRIVATE selm_flags ${arg_PRIVATE})
+        set_target_properties(selm_${name} PROPERTIES POSITION_INDEPENDENT_CODE ON)
+        if(name STREQUAL "base")
+            target_include_directories(selm_base PRIVATE "${SELM_GENERATED_DIR}")
+            add_dependencies(selm_base selm_build_info)
+        endif()
+    else()
+        add_library(selm_${name} INTERFACE)
+        target_include_directories(selm_${name} INTERFACE "${CMAKE_SOURCE_DIR}/include")
+        target_link_libraries(selm_${name} INTERFACE ${arg_MODULES} ${arg_PUBLIC} ${arg_PRIVATE})
+    endif()
+    add_library(selm::${name} ALIAS selm_${name})
+endfunction()
+
+# selm_add_programs(MODULES m... LIBRARIES lib...): library selm_apps from src/apps/*.cpp but selm_*.cpp; each
+# src/apps/selm_*.cpp is a program in bin/.
+function(selm_add_programs)
+    cmake_parse_arguments(PARSE_ARGV 0 arg "" "" "MODULES;LIBRARIES")
+    file(GLOB library_sources CONFIGURE_DEPENDS "${CMAKE_SOURCE_DIR}/src/apps/*.cpp")
+    file(GLOB program_sources CONFIGURE_DEPENDS "${CMAKE_SOURCE_DIR}/src/apps/selm_*.cpp")
+    list(REMOVE_ITEM library_sources ${program_sources})
+    list(TRANSFORM arg_MODULES PREPEND "selm::")
+    if(library_sources)
+        add_library(selm_apps STATIC ${library_sources})
+        target_include_directories(selm_apps PUBLIC "${CMAKE_SOURCE_DIR}/src/apps")
+        target_link_libraries(selm_apps PUBLIC ${arg_MODULES} PRIVATE selm_flags ${arg_LIBRARIES})
+    else()
+        add_library(selm_apps INTERFACE)
+        target_link_libraries(selm_apps INTERFACE ${arg_MODULES} ${arg_LIBRARIES})
+    endif()
+    add_library(selm::apps ALIAS selm_apps)
+    foreach(source IN LISTS program_sources)
+        cmake_path(GET source STEM program)
+        add_executable(${program} ${source})
+        target_link_libraries(${program} PRIVATE selm_flags selm::apps)
+        set_target_properties(${program} PROPERTIES RUNTIME_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}/bin")
+        install(TARGETS ${program} RUNTIME DESTINATION bin)
+    endforeach()
+endfunction()

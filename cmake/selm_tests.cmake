@@ -1,0 +1,89 @@
+# Tests. ctest labels: unit, mpi, oracle (Python references), cli (shell), layering. Every test has a time limit.
+
+set(selm_test_modules base comm h5 data text kernels model algo shard rank phases apps)
+set(selm_modules_with_kokkos kernels model shard rank phases apps)
+set(selm_test_environment
+    "OMP_NUM_THREADS=1"
+    "OMPI_ALLOW_RUN_AS_ROOT=1"
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1"
+    "OMPI_MCA_mpi_yield_when_idle=1"
+    "OMPI_MCA_rmaps_base_oversubscribe=1"
+    "OMPI_MCA_hwloc_base_binding_policy=none"
+    "OMPI_MCA_btl_vader_single_copy_mechanism=none"
+    "LSAN_OPTIONS=suppressions=${CMAKE_SOURCE_DIR}/tests/support/lsan.supp:print_suppressions=0"
+    "UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1"
+    "SELM_BIN_DIR=${CMAKE_BINARY_DIR}/bin"
+    "SELM_SOURCE_DIR=${CMAKE_SOURCE_DIR}"
+    "SELM_SMOLLM2_DIR=${SELM_SMOLLM2_DIR}"
+    "SELM_REFERENCE_PYTHON=${SELM_REFERENCE_PYTHON}"
+    "SELM_MPIEXEC=${MPIEXEC_EXECUTABLE}")
+
+# Flags that let a laptop run more ranks than it has cores.
+execute_process(COMMAND ${MPIEXEC_EXECUTABLE} --version OUTPUT_VARIABLE selm_mpiexec_version ERROR_QUIET)
+set(selm_mpiexec_flags "")
+if(selm_mpiexec_version MATCHES "Open MPI|OpenRTE|open-mpi")
+    set(selm_mpiexec_flags --oversubscribe --bind-to none)
+endif()
+
+function(selm_test_program target main_source module)
+    add_executable(${target} ${main_source} ${ARGN})
+    target_include_directories(${target} PRIVATE "${CMAKE_SOURCE_DIR}/tests/support" "${CMAKE_SOURCE_DIR}/src/${module}")
+    target_link_libraries(${target} PRIVATE selm_flags selm::${module} GTest::gtest nlohmann_json::nlohmann_json)
+    target_compile_definitions(${target} PRIVATE SELM_SOURCE_DIR="${CMAKE_SOURCE_DIR}")
+    if(module IN_LIST selm_modules_with_kokkos)
+        target_link_libraries(${target} PRIVATE selm::kokkos)
+        target_compile_definitions(${target} PRIVATE SELM_TEST_WITH_KOKKOS)
+    endif()
+    if(module STREQUAL "kernels")
+        target_link_libraries(${target} PRIVATE selm::torch)
+    endif()
+    set_target_properties(${target} PROPERTIES RUNTIME_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}/tests")
+endfunction()
+
+foreach(module IN LISTS selm_test_modules)
+    file(GLOB unit_sources CONFIGURE_DEPENDS "${CMAKE_SOURCE_DIR}/tests/unit/${module}/*.cpp")
+    if(unit_sources)
+        selm_test_program(unit_${module} "${CMAKE_SOURCE_DIR}/tests/support/unit_main.cpp" ${module} ${unit_sources})
+        add_test(NAME unit_${module} COMMAND unit_${module})
+        set_tests_properties(unit_${module} PROPERTIES LABELS unit TIMEOUT 120 ENVIRONMENT "${selm_test_environment}")
+    endif()
+
+    file(GLOB mpi_sources CONFIGURE_DEPENDS "${CMAKE_SOURCE_DIR}/tests/mpi/${module}/*.cpp")
+    if(mpi_sources)
+        selm_test_program(mpi_${module} "${CMAKE_SOURCE_DIR}/tests/support/mpi_main.cpp" ${module} ${mpi_sources})
+        target_link_libraries(mpi_${module} PRIVATE selm::comm)
+        foreach(ranks RANGE 1 4)
+            add_test(NAME mpi_${module}_np${ranks}
+                     COMMAND ${MPIEXEC_EXECUTABLE} ${selm_mpiexec_flags} ${MPIEXEC_NUMPROC_FLAG} ${ranks}
+                             $<TARGET_FILE:mpi_${module}>)
+            set_tests_properties(mpi_${module}_np${ranks} PROPERTIES
+                LABELS mpi TIMEOUT 120 PROCESSORS ${ranks} ENVIRONMENT "${selm_test_environment};SELM_TEST_WATCHDOG_S=100")
+        endforeach()
+    endif()
+endforeach()
+
+# --- Python references: only with the reference environment (scripts/test sets it)
+if(SELM_REFERENCE_PYTHON)
+    file(GLOB oracle_sources CONFIGURE_DEPENDS "${CMAKE_SOURCE_DIR}/tests/oracle/test_*.py")
+    foreach(source IN LISTS oracle_sources)
+        cmake_path(GET source STEM name)
+        string(REGEX REPLACE "^test_" "" name "${name}")
+        add_test(NAME oracle_${name} COMMAND ${SELM_REFERENCE_PYTHON} -m pytest -q -p no:cacheprovider "${source}")
+        set_tests_properties(oracle_${name} PROPERTIES LABELS oracle TIMEOUT 900 ENVIRONMENT "${selm_test_environment}")
+    endforeach()
+endif()
+
+# --- the programs from a shell
+file(GLOB cli_sources CONFIGURE_DEPENDS "${CMAKE_SOURCE_DIR}/tests/cli/test_*.sh")
+foreach(source IN LISTS cli_sources)
+    cmake_path(GET source STEM name)
+    string(REGEX REPLACE "^test_" "" name "${name}")
+    add_test(NAME cli_${name} COMMAND bash "${source}")
+    set_tests_properties(cli_${name} PROPERTIES LABELS cli TIMEOUT 600 ENVIRONMENT "${selm_test_environment}")
+endforeach()
+
+# --- who may include whom
+add_test(NAME layering COMMAND ${Python3_EXECUTABLE} "${CMAKE_SOURCE_DIR}/tests/layering/check_layering.py" "${CMAKE_SOURCE_DIR}")
+add_test(NAME layering_self_check
+         COMMAND ${Python3_EXECUTABLE} "${CMAKE_SOURCE_DIR}/tests/layering/check_layering.py" --self-check)
+set_tests_properties(layering layering_self_check PROPERTIES LABELS layering TIMEOUT 60)
