@@ -1,0 +1,48 @@
+#pragma once
+
+#include <cstdint>
+#include <iosfwd>
+#include <string>
+
+#include "selm/base/options.hpp"
+#include "selm/comm/communicator.hpp"
+#include "selm/phases/generate.hpp"
+#include "selm/phases/import.hpp"
+#include "selm/phases/logprob.hpp"
+#include "selm/phases/rank.hpp"
+#include "selm/phases/train.hpp"
+
+namespace selm {
+
+/// Options of selm_iter: every section of the recipe; [run] holds what only the driver needs.
+struct IterateOptions {
+    std::string run;                       ///< run directory
+    std::string train;                     ///< jsonl, parquet or h5
+    std::string train_rows;                ///< A:B lines of train; empty: all
+    std::string test;                      ///< held-out prompts; empty: none
+    std::string test_rows;
+    std::string policy;                    ///< model directory of iteration 0
+    std::int64_t iterations = 3;           ///< = portions
+    std::string first_iteration = "selm";  ///< selm | dpo
+    bool status = false;                   ///< print where RUN stands and exit; reads only
+    ImportOptions import;
+    GenerateOptions generate;
+    RankOptions rank;
+    LogProbOptions logprob;
+    TrainOptions train_options;
+    std::string recipe_text;               ///< canonical text of the effective recipe (apps fill it), compared on resume
+
+    void describe(OptionVisitor& visitor);
+    void validate() const;
+};
+
+struct IterateReport {
+    Outcome outcome = Outcome::done;
+    std::int64_t iterations_done = 0;
+    std::string summary;                   ///< what the user reads: one block per iteration
+};
+
+/// All phases of all iterations, resuming where the run directory stands. Collective over comm.
+IterateReport run_iterate(const IterateOptions& options, Communicator& comm, std::ostream& out);
+
+} // namespace selm
