@@ -13,6 +13,9 @@ Schedule parse_schedule(const std::string& word); ///< @throws Error usage
 /// ceil(warmup_ratio * steps); step 0 of a warm-up has rate 0. `constant` is constant_with_warmup.
 double learning_rate(Schedule schedule, double peak, std::int64_t step, std::int64_t steps, double warmup_ratio);
 
+/// ceil(warmup_ratio * steps), as transformers' Trainer.
+std::int64_t warmup_steps(std::int64_t steps, double warmup_ratio);
+
 /// Rows [begin, end) of portion t of T (1-based): floor(N/T) rows each, the remainder unused.
 struct PortionRange {
     std::int64_t begin = 0, end = 0;
