@@ -1,0 +1,23 @@
+#pragma once
+
+#include <functional>
+#include <string>
+
+#include "selm/comm/communicator.hpp"
+#include "selm/h5/file.hpp"
+
+namespace selm::h5 {
+
+/**
+ * @brief Makes @p path as a whole or not at all: creates "<path>.partial-<attempt>" on all ranks, runs @p write, closes,
+ * opens it again to check that it is whole, syncs and renames. Collective.
+ *
+ * Nothing with the final name changes before the rename; on an error the partial file is removed and every rank throws.
+ * Local work of @p write that may fail on one rank alone must go through agree() (the other ranks would wait in the next
+ * collective write); throwing on any rank after the last collective call is fine.
+ * @param attempt distinguishes attempts that run at the same time; empty: one is made from host, process and time.
+ */
+void write_and_publish(const std::string& path, Communicator& comm, const std::string& attempt,
+                       const std::function<void(File&)>& write);
+
+} // namespace selm::h5
