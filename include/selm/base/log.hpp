@@ -1,6 +1,6 @@
 #pragma once
 
-#include <functional>
+#include <sstream>
 #include <string>
 
 namespace selm {
@@ -10,7 +10,8 @@ enum class LogLevel { debug, info, warning, error };
 /// Tells the logger which rank this process is; called once by the session at start. Not collective.
 void set_log_rank(int rank, int size);
 
-/// Writes one line to stderr on rank 0 only ("selm: message"; warnings as "selm: warning: message").
+/// Writes one line to stderr on rank 0 only ("selm: message"; warnings as "selm: warning: message"). Debug lines appear
+/// with SELM_LOG=debug in the environment.
 void log_root(LogLevel level, const std::string& message);
 
 /// Writes one line to stderr from any rank, prefixed "[rank r/n]".

@@ -37,7 +37,8 @@ struct CommonOptions {
     std::string progress = "auto";     ///< auto | on | off
 
     void describe(OptionVisitor& visitor);
-    void validate() const; ///< @throws Error usage on a word that is not listed above
+    /// @throws Error usage on a word that is not listed above; Error configuration when CUDA is asked for but not built.
+    void validate() const;
 };
 
 /// Keys that generation, log-probs and training must agree on ([run]).

@@ -5,6 +5,9 @@
 
 namespace selm {
 
+/// One block of Philox-4x32 with 10 rounds (Salmon et al., SC11): four random words from a counter and a key.
+std::array<std::uint32_t, 4> philox4x32_10(std::array<std::uint32_t, 4> counter, std::array<std::uint32_t, 2> key);
+
 /**
  * @brief Counter-based random stream: a pure function of (seed, stream ids) and a draw counter, never of rank or order.
  *
@@ -16,6 +19,7 @@ class RandomStream {
     RandomStream(std::uint64_t seed, std::uint32_t purpose, std::uint64_t iteration, std::uint64_t row);
 
     std::uint32_t next_u32();
+    std::uint64_t next_u64();
     double next_double(); ///< uniform in [0, 1), 53 bits
     double next_normal(); ///< standard normal (Box-Muller)
     std::uint64_t next_below(std::uint64_t bound); ///< uniform in [0, bound), unbiased; bound > 0

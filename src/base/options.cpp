@@ -1,0 +1,73 @@
+#include "selm/base/options.hpp"
+
+#include <algorithm>
+#include <initializer_list>
+#include <string_view>
+
+#include "selm/base/error.hpp"
+
+namespace selm {
+
+namespace {
+
+void validate_word(const char* name, const std::string& value, std::initializer_list<std::string_view> words)
+{
+    if (std::find(words.begin(), words.end(), value) != words.end())
+        return;
+    std::string list;
+    for (const std::string_view word : words)
+        list.append(list.empty() ? "" : "|").append(word);
+    throw usage_error(cat("--", name, " ", value, " is not known. Use one of ", list));
+}
+
+void validate_range(const char* name, std::int64_t value, std::int64_t lowest)
+{
+    SELM_VALIDATE(value >= lowest, ExitCode::usage, "--" << name << " " << value << " is too small. Use " << lowest << " or more");
+}
+
+} // namespace
+
+void CommonOptions::describe(OptionVisitor& visitor)
+{
+    visitor.option("run", "seed", seed, "seed of all random streams", OptionRole::recipe);
+    visitor.option("run", "threads", threads, "threads per rank", OptionRole::operational);
+    visitor.option("run", "device", device, "cpu|cuda", OptionRole::operational);
+    visitor.option("run", "dtype", dtype, "type of computation: bf16|fp32", OptionRole::recipe);
+    visitor.option("run", "engine", engine, "matrix kernels: auto|xsmm|aten", OptionRole::operational);
+    visitor.option("run", "progress", progress, "progress lines: auto|on|off (auto: rewritten in place on a terminal)",
+                   OptionRole::operational);
+}
+
+void CommonOptions::validate() const
+{
+    validate_range("seed", seed, 0);
+    validate_range("threads", threads, 1);
+    validate_word("device", device, {"cpu", "cuda"});
+#ifndef SELM_ENABLE_CUDA
+    if (device == "cuda")
+        throw config_error("--device cuda is not in this build (it has no CUDA code). Build with scripts/build cuda, or use --device cpu");
+#endif
+    validate_word("dtype", dtype, {"bf16", "fp32"});
+    validate_word("engine", engine, {"auto", "xsmm", "aten"});
+    validate_word("progress", progress, {"auto", "on", "off"});
+}
+
+void EncodingOptions::describe(OptionVisitor& visitor)
+{
+    visitor.option("run", "encoding", encoding, "chat|recipe: how a prompt and a response become tokens", OptionRole::recipe);
+    visitor.option("run", "chat-format", chat_format, "name of the chat format (empty: recognised from the model directory)",
+                   OptionRole::recipe);
+    visitor.option("run", "max-length", max_length, "tokens of prompt and response together", OptionRole::recipe);
+    visitor.option("run", "max-prompt-length", max_prompt_length, "tokens of the prompt", OptionRole::recipe);
+}
+
+void EncodingOptions::validate() const
+{
+    validate_word("encoding", encoding, {"chat", "recipe"});
+    validate_range("max-prompt-length", max_prompt_length, 1);
+    SELM_VALIDATE(max_length > max_prompt_length, ExitCode::usage,
+                  "--max-length " << max_length << " leaves no room for a response after --max-prompt-length "
+                                  << max_prompt_length << ". Raise the one or lower the other");
+}
+
+} // namespace selm
