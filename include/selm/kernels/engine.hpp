@@ -153,6 +153,7 @@ struct EngineOptions {
     std::string engine = "auto"; ///< auto | xsmm | aten; auto = xsmm on CPUs with AVX2 and FMA or better, else aten
     Device device = Device::cpu;
     int threads = 1;             ///< of ATen; xsmm uses one thread per rank
+    DType activation = DType::bf16; ///< of activations and weights on CUDA devices; CPUs compute in f32
 };
 
 /// @throws Error configuration when the engine cannot run here (says why) or the device was not built.
@@ -161,10 +162,13 @@ std::unique_ptr<Engine> make_engine(const EngineOptions& options);
 /// Sets up Kokkos for the life of the object; once per process, before make_engine.
 class KernelRuntime {
   public:
-    KernelRuntime(int threads);
+    explicit KernelRuntime(int threads);
     ~KernelRuntime();
     KernelRuntime(const KernelRuntime&) = delete;
     KernelRuntime& operator=(const KernelRuntime&) = delete;
+
+  private:
+    bool owns_kokkos_ = false; ///< false when the host program had initialised Kokkos itself
 };
 
 /// Round to nearest even, NaN kept.

@@ -1,0 +1,167 @@
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/index_select.h>
+#include <ATen/ops/rsqrt.h>
+#include <ATen/ops/sigmoid.h>
+#include <c10/core/InferenceMode.h>
+
+#include "aten_engine.hpp"
+#include "aten_view.hpp"
+
+namespace selm {
+
+using aten::as_f32;
+using aten::index_tensor;
+using aten::view;
+using aten::view_heads;
+
+namespace {
+
+template<typename Index>
+void expect_in_range(std::span<const Index> index, std::int64_t bound)
+{
+    for (const Index i : index)
+        SELM_EXPECT(i >= 0 && i < bound);
+}
+
+/// x[index[i]] += d[i], in order of i on every device.
+void add_rows(at::Tensor x, const at::Tensor& index, const at::Tensor& d)
+{
+    if (x.is_cpu())
+        x.index_add_(0, index, d);
+    else
+        x.index_put_({index.to(at::kLong)}, d, true); // sorts stably; index_add_ would use atomics
+}
+
+} // namespace
+
+void AtenEngine::embed(std::span<const std::int32_t> tokens, const Tensor& embedding_VH, const Tensor& x_TH)
+{
+    SELM_EXPECT(static_cast<std::int64_t>(tokens.size()) == x_TH.rows && x_TH.columns == embedding_VH.columns);
+    expect_in_range(tokens, embedding_VH.rows);
+    const c10::InferenceMode no_autograd;
+    if (!tokens.empty())
+        view(x_TH).copy_(at::index_select(view(embedding_VH), 0, index_tensor(tokens, embedding_VH.device)));
+}
+
+void AtenEngine::embed_backward(std::span<const std::int32_t> tokens, const Tensor& dx_TH, const Tensor& d_embedding_VH)
+{
+    SELM_EXPECT(static_cast<std::int64_t>(tokens.size()) == dx_TH.rows && dx_TH.columns == d_embedding_VH.columns);
+    expect_in_range(tokens, d_embedding_VH.rows);
+    const c10::InferenceMode no_autograd;
+    if (!tokens.empty())
+        add_rows(view(d_embedding_VH), index_tensor(tokens, device_), as_f32(view(dx_TH)));
+}
+
+void AtenEngine::rms_norm(const Tensor& x_TH, const Tensor& gain, float eps, const Tensor& y_TH, const Tensor& rstd)
+{
+    SELM_EXPECT(gain.rows == 1 && gain.columns == x_TH.columns && y_TH.rows == x_TH.rows && y_TH.columns == x_TH.columns);
+    SELM_EXPECT(rstd.empty() || (rstd.rows == 1 && rstd.columns == x_TH.rows));
+    const c10::InferenceMode no_autograd;
+    if (x_TH.empty())
+        return;
+    const at::Tensor x = view(x_TH);
+    const at::Tensor scale = at::rsqrt(x.square().mean({1}, true).add_(static_cast<double>(eps)));
+    view(y_TH).copy_(x.mul(scale).mul_(view(gain)));
+    if (!rstd.empty())
+        view(rstd).copy_(scale.t());
+}
+
+void AtenEngine::rms_norm_backward(const Tensor& x_TH, const Tensor& gain, const Tensor& rstd, const Tensor& dy_TH,
+                                   const Tensor& dx_TH, const Tensor& dgain)
+{
+    SELM_EXPECT(rstd.rows == 1 && rstd.columns == x_TH.rows && gain.columns == x_TH.columns && dgain.columns == x_TH.columns);
+    SELM_EXPECT(dy_TH.rows == x_TH.rows && dx_TH.rows == x_TH.rows);
+    const c10::InferenceMode no_autograd;
+    if (x_TH.empty())
+        return;
+    const at::Tensor scale = view(rstd).t();
+    const at::Tensor normalised = view(x_TH).mul(scale);
+    const at::Tensor dy = as_f32(view(dy_TH));
+    view(dgain).add_(dy.mul(normalised).sum({0}, true));
+    const at::Tensor g = dy.mul(view(gain));
+    const at::Tensor projection = g.mul(normalised).mean({1}, true);
+    view(dx_TH).add_(g.sub(normalised.mul(projection)).mul_(scale));
+}
+
+void AtenEngine::rope(const Tensor& qkv, const AttentionShape& shape, std::span<const std::int32_t> positions, const Tensor& cos,
+                      const Tensor& sin, bool backward)
+{
+    const std::int64_t half = shape.head_dim / 2;
+    SELM_EXPECT(static_cast<std::int64_t>(positions.size()) == qkv.rows && cos.columns == half && sin.columns == half);
+    expect_in_range(positions, cos.rows);
+    SELM_EXPECT(cos.rows == sin.rows);
+    const c10::InferenceMode no_autograd;
+    if (qkv.rows == 0)
+        return;
+    const at::Tensor index = index_tensor(positions, device_);
+    const at::Tensor c = at::index_select(view(cos), 0, index).unsqueeze(1);
+    at::Tensor s = at::index_select(view(sin), 0, index).unsqueeze(1);
+    if (backward)
+        s.neg_();
+    at::Tensor heads = view_heads(qkv, 0, shape.heads + shape.kv_heads, shape.head_dim);
+    at::Tensor first = heads.narrow(2, 0, half);
+    at::Tensor second = heads.narrow(2, half, half);
+    const at::Tensor a = as_f32(first);
+    const at::Tensor b = as_f32(second);
+    const at::Tensor rotated_first = a.mul(c).sub_(b.mul(s));
+    const at::Tensor rotated_second = b.mul(c).add_(a.mul(s));
+    first.copy_(rotated_first);
+    second.copy_(rotated_second);
+}
+
+void AtenEngine::swiglu(const Tensor& gate_up, const Tensor& a_TI)
+{
+    SELM_EXPECT(gate_up.columns == 2 * a_TI.columns && gate_up.rows == a_TI.rows);
+    const c10::InferenceMode no_autograd;
+    if (a_TI.empty())
+        return;
+    const std::int64_t width = a_TI.columns;
+    const at::Tensor gate = as_f32(view(gate_up.slice_columns(0, width)));
+    const at::Tensor up = as_f32(view(gate_up.slice_columns(width, width)));
+    view(a_TI).copy_(at::sigmoid(gate).mul_(gate).mul_(up));
+}
+
+void AtenEngine::swiglu_backward(const Tensor& gate_up, const Tensor& da_TI, const Tensor& a_TI)
+{
+    SELM_EXPECT(gate_up.columns == 2 * a_TI.columns && gate_up.rows == a_TI.rows);
+    SELM_EXPECT(da_TI.rows == a_TI.rows && da_TI.columns == a_TI.columns);
+    const c10::InferenceMode no_autograd;
+    if (a_TI.empty())
+        return;
+    const std::int64_t width = a_TI.columns;
+    at::Tensor gate_out = view(gate_up.slice_columns(0, width));
+    at::Tensor up_out = view(gate_up.slice_columns(width, width));
+    const at::Tensor gate = as_f32(gate_out);
+    const at::Tensor up = as_f32(up_out);
+    const at::Tensor da = as_f32(view(da_TI));
+    const at::Tensor sigma = at::sigmoid(gate);
+    const at::Tensor silu = sigma.mul(gate);
+    // silu' = sigma (1 + gate (1 - sigma)) = sigma + silu - silu sigma
+    const at::Tensor slope = sigma.add(silu).sub_(silu.mul(sigma));
+    const at::Tensor a = silu.mul(up);
+    const at::Tensor d_gate = da.mul(up).mul_(slope);
+    const at::Tensor d_up = da.mul(silu);
+    view(a_TI).copy_(a);
+    gate_out.copy_(d_gate);
+    up_out.copy_(d_up);
+}
+
+void AtenEngine::gather_rows(const Tensor& x, std::span<const std::int64_t> index, const Tensor& out)
+{
+    SELM_EXPECT(static_cast<std::int64_t>(index.size()) == out.rows && out.columns == x.columns);
+    expect_in_range(index, x.rows);
+    const c10::InferenceMode no_autograd;
+    if (!out.empty())
+        view(out).copy_(at::index_select(view(x), 0, index_tensor(index, device_)));
+}
+
+void AtenEngine::scatter_add_rows(const Tensor& d, std::span<const std::int64_t> index, const Tensor& x)
+{
+    SELM_EXPECT(static_cast<std::int64_t>(index.size()) == d.rows && d.columns == x.columns && x.dtype == DType::f32);
+    expect_in_range(index, x.rows);
+    const c10::InferenceMode no_autograd;
+    if (!d.empty())
+        add_rows(view(x), index_tensor(index, device_), as_f32(view(d)));
+}
+
+} // namespace selm
