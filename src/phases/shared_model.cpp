@@ -42,12 +42,13 @@ SharedModel::SharedModel(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 SharedModel::~SharedModel() = default;
 
 std::unique_ptr<SharedModel> SharedModel::from_directory(const std::string& directory, const CommonOptions& options,
-                                                         Communicator& comm)
+                                                         Communicator& comm, const std::string& known_digest)
 {
     auto impl = std::make_unique<Impl>();
     Impl& m = *impl;
     m.directory = directory;
-    m.digest = root_string(comm, "digest of the model", [&] { return model_digest(directory); });
+    m.digest = known_digest.empty() ? root_string(comm, "digest of the model", [&] { return model_digest(directory); })
+                                    : known_digest;
 
     std::int64_t elements = 0;
     agree(comm, "opening the model", [&] {
@@ -96,7 +97,8 @@ std::string model_digest(const std::string& directory)
 {
     Hasher hasher;
     hasher.update(SafetensorsReader(directory).digest());
-    for (const char* name : {"config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}) {
+    for (const char* name : {"config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+                             "generation_config.json"}) {
         const std::string path = cat(directory, "/", name);
         if (std::filesystem::exists(path))
             hasher.update(cat("\n", name, " ", hash_file(path)));
