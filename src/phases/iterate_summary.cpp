@@ -114,19 +114,22 @@ std::string newest_checkpoint(const std::string& policy)
 
 } // namespace
 
+std::string block_text(const nlohmann::json& manifest, std::int64_t t)
+{
+    const json& iteration = manifest.at("iter" + std::to_string(t));
+    std::string text = cat("iteration ", t, '\n');
+    if (const json* rank = find(iteration, "rank"))
+        text += answers_block(*rank);
+    if (const json* train = find(iteration, "train"))
+        text += train_block(*train);
+    return text + held_out(manifest, t) + speed_block(iteration);
+}
+
 std::string summary_text(const nlohmann::json& manifest)
 {
     std::string text;
-    for (std::int64_t t = 1; manifest.contains("iter" + std::to_string(t)); ++t) {
-        const json& iteration = manifest.at("iter" + std::to_string(t));
-        text += cat("iteration ", t, '\n');
-        if (const json* rank = find(iteration, "rank"))
-            text += answers_block(*rank);
-        if (const json* train = find(iteration, "train"))
-            text += train_block(*train);
-        text += held_out(manifest, t);
-        text += speed_block(iteration);
-    }
+    for (std::int64_t t = 1; manifest.contains("iter" + std::to_string(t)); ++t)
+        text += block_text(manifest, t);
     return text;
 }
 

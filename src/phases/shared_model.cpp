@@ -86,6 +86,7 @@ const std::string& SharedModel::directory() const { return impl_->directory; }
 const DecoderConfig& SharedModel::config() const { return impl_->config; }
 Engine& SharedModel::engine() const { return *impl_->engine; }
 Decoder& SharedModel::decoder() const { return *impl_->decoder; }
+WeightStore& SharedModel::weights() const { return *impl_->weights; }
 const std::string& SharedModel::digest() const { return impl_->digest; }
 
 std::string SharedModel::engine_key() const

@@ -35,6 +35,7 @@ class SharedModel {
     const DecoderConfig& config() const;
     Engine& engine() const;
     Decoder& decoder() const;
+    WeightStore& weights() const;
     /// model_digest(directory()), computed on rank 0.
     const std::string& digest() const;
     /// "NAME DTYPE": what a journal or a result is bound to besides the weights.

@@ -45,7 +45,10 @@ class Ranker {
     virtual std::int64_t batch_rows() const { return 1; }
     /// Estimated cost of a row, for hand-out (longest first).
     virtual double cost(const RankRow& row) const = 0;
+    /// @throws Error bad_data naming the row: no score to be had, or a non-finite one.
     virtual std::vector<RowScores> score(std::span<const RankRow> rows) = 0;
+    /// Tokens that score() has computed so far on this rank; 0 for rankers without a model.
+    virtual std::int64_t computed_tokens() const { return 0; }
 };
 
 /// Mean over rankers of each ranker's standardised scores (mean 0, deviation 1 over all existing candidates of all rows);
