@@ -1,28 +1,13 @@
 #pragma once
 
-#include <climits>
-#include <cstddef>
 #include <string_view>
 
 #include <mpi.h>
-
-#include "selm/base/error.hpp"
 
 namespace selm::comm {
 
 /// Throws Error internal with the collective's label and MPI's own text unless @p status is MPI_SUCCESS.
 void check_mpi(int status, const char* call, std::string_view label);
-
-/// MPI counts are int: a larger count is a bug here, never a silent wrap.
-inline int to_count(std::size_t count)
-{
-    SELM_EXPECT(count <= static_cast<std::size_t>(INT_MAX));
-    return static_cast<int>(count);
-}
-
-/// Largest number of bytes that one MPI call moves; longer transfers are cut into pieces. Tests make it small.
-std::size_t max_message_bytes();
-void set_max_message_bytes(std::size_t bytes); ///< for tests; the same on all ranks, at least 64
 
 } // namespace selm::comm
 

@@ -9,6 +9,7 @@
 #include <thread>
 #include <type_traits>
 
+#include "message_limit.hpp"
 #include "mpi_call.hpp"
 #include "selm/base/error.hpp"
 

@@ -7,6 +7,7 @@
 
 #include "mpi_call.hpp"
 #include "mpi_communicator.hpp"
+#include "selm/base/error.hpp"
 #include "selm/base/log.hpp"
 
 namespace selm {
