@@ -60,8 +60,10 @@ class Decoder {
     /// Upper bound of activation bytes of a kept pass with `tokens` tokens and `scored` scored rows.
     std::int64_t activation_bytes(std::int64_t tokens, std::int64_t scored) const;
 
-  private:
     struct Impl;
+
+  private:
+    friend class DecodeSession;
     std::unique_ptr<Impl> impl_;
 };
 

@@ -33,9 +33,6 @@ class WeightStore {
     virtual const PackedWeight& head() = 0;
 };
 
-/// Gives the memory of one packed weight store: f32 elements, alignment 64 bytes.
-using WeightMemory = std::function<Tensor(std::int64_t elements)>;
-
 /**
  * @brief All weights resident and packed. Reads a checkpoint directory, or is refreshed from a flat f32 parameter buffer.
  *
@@ -49,14 +46,15 @@ class ResidentWeights final : public WeightStore {
         bool with_backward = false;
         int part = 0, parts = 1;     ///< this rank packs parameters i with i % parts == part
     };
-    /// f32 elements that memory() must provide for this config.
+    /// f32 elements that `memory` must hold for this config; 0 for an engine on a device, where weights are never shared.
     static std::int64_t memory_elements(const DecoderConfig& config, const Engine& engine, bool with_backward);
 
-    /// From a checkpoint directory. @param memory one block of memory_elements(), zero-cost to share; empty function:
-    /// private memory from the engine. @throws Error as SafetensorsReader.
+    /// From a checkpoint directory. @param memory f32 [1, memory_elements()] at 64-byte alignment, filled by all parts and
+    /// kept alive by the caller; empty: private memory from the engine (one part). @throws Error as SafetensorsReader.
     ResidentWeights(const DecoderConfig& config, Engine& engine, const SafetensorsReader& reader, const Options& options,
                     const Tensor& memory);
-    /// From flat parameters: `parameters[i]` is f32 [rows, columns] of decoder_parameters()[i], borrowed for the object's life.
+    /// From flat parameters: `parameters[i]` is f32 [rows, columns] of decoder_parameters()[i], borrowed for the object's
+    /// life. Their values are used as they are: whoever wants bf16 rounds them.
     ResidentWeights(const DecoderConfig& config, Engine& engine, std::vector<Tensor> parameters, const Options& options);
     ~ResidentWeights() override;
 

@@ -1,0 +1,90 @@
+#include <algorithm>
+
+#include "decoder_impl.hpp"
+#include "selm/base/error.hpp"
+#include "selm/model/decoder.hpp"
+
+namespace selm {
+
+struct DecodeSession::Impl {
+    Impl(Decoder::Impl& used_decoder, std::int64_t slots, std::int64_t capacity)
+        : decoder(used_decoder),
+          cache(used_decoder.engine.make_cache(used_decoder.config.layers, slots, capacity, used_decoder.shape))
+    {
+        decoder.rope.cover(std::min(capacity, decoder.config.max_positions));
+    }
+
+    Decoder::Impl& decoder;
+    std::unique_ptr<KvCache> cache;
+    Buffer hidden, logits;
+    std::vector<std::int32_t> tokens;
+    std::vector<std::int32_t> positions;
+    std::vector<CachedSpan> spans;
+    std::vector<std::int64_t> wanted; ///< rows of the step that want logits
+
+    void gather(std::span<const DecodeWork> work);
+    Tensor run();
+};
+
+/// The step's rows from its work items.
+void DecodeSession::Impl::gather(std::span<const DecodeWork> work)
+{
+    tokens.clear();
+    positions.clear();
+    spans.clear();
+    wanted.clear();
+    for (const DecodeWork& item : work) {
+        const auto count = static_cast<std::int64_t>(item.tokens.size());
+        SELM_EXPECT(count >= 1 && item.slot >= 0 && item.slot < cache->slots());
+        SELM_EXPECT(item.position_begin >= 0 && item.position_begin + count <= cache->capacity());
+        SELM_EXPECT(item.prefill ? item.position_begin % prefill_tile == 0 : count == 1);
+        const auto row = static_cast<std::int64_t>(tokens.size());
+        spans.push_back({item.slot, row, count, item.position_begin, item.prefill});
+        tokens.insert(tokens.end(), item.tokens.begin(), item.tokens.end());
+        for (std::int64_t i = 0; i < count; ++i)
+            positions.push_back(static_cast<std::int32_t>(item.position_begin + i));
+        if (item.wants_logits)
+            wanted.push_back(row + count - 1);
+    }
+    decoder.check_tokens(tokens, positions);
+}
+
+Tensor DecodeSession::Impl::run()
+{
+    Decoder::Impl& d = decoder;
+    const auto rows = static_cast<std::int64_t>(tokens.size());
+    const auto results = static_cast<std::int64_t>(wanted.size());
+    const Tensor logits_RV = logits.view(d.engine, results, d.config.vocabulary, DType::f32);
+    if (rows == 0)
+        return logits_RV;
+    const LayerActivations a = d.activations(d.work, rows, false);
+    d.engine.embed(tokens, d.weights.embedding(), a.x_in);
+    for (std::int64_t layer = 0; layer < d.config.layers; ++layer) {
+        d.forward_layer(layer, a, positions, [&](const Tensor& qkv, const Tensor& attended) {
+            d.engine.attention_cached(qkv, d.shape, *cache, layer, spans, attended);
+        });
+    }
+    if (results > 0) {
+        const Tensor x_selected = d.selected_rows.view(d.engine, results, d.config.hidden, DType::f32);
+        const Tensor hidden_RH = hidden.view(d.engine, results, d.config.hidden, d.activation);
+        d.final_norm(a.x_out, wanted, x_selected, {}, hidden_RH);
+        d.engine.logits(hidden_RH, d.weights.head(), logits_RV);
+    }
+    return logits_RV;
+}
+
+DecodeSession::DecodeSession(Decoder& decoder, std::int64_t slots, std::int64_t capacity)
+    : impl_(std::make_unique<Impl>(*decoder.impl_, slots, capacity))
+{
+    SELM_EXPECT(!decoder.config().sequence_classifier);
+}
+
+DecodeSession::~DecodeSession() = default;
+
+Tensor DecodeSession::step(std::span<const DecodeWork> work)
+{
+    impl_->gather(work);
+    return impl_->run();
+}
+
+} // namespace selm

@@ -1,0 +1,88 @@
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "rope.hpp"
+#include "selm/model/decoder.hpp"
+
+namespace selm {
+
+/// Memory reused from call to call; grows to the largest request and then stays.
+class Buffer {
+  public:
+    Tensor view(Engine& engine, std::int64_t rows, std::int64_t columns, DType dtype)
+    {
+        const std::int64_t elements = rows * columns;
+        if (memory_.columns < elements || memory_.dtype != dtype) {
+            memory_ = {}; // the old memory goes first
+            memory_ = engine.allocate(1, elements, dtype);
+        }
+        Tensor out = memory_;
+        out.rows = rows;
+        out.columns = out.stride = columns;
+        return out;
+    }
+
+  private:
+    Tensor memory_;
+};
+
+/// What one layer reads and writes for T tokens. Without a backward pass the three residual streams are one tensor in
+/// place, and the rstd are empty.
+struct LayerActivations {
+    Tensor x_in;     ///< f32 [T, H]
+    Tensor rstd_in;  ///< f32 [1, T]
+    Tensor qkv;      ///< [T, QKV], rotated
+    Tensor attended; ///< [T, NH*D]
+    Tensor lse;      ///< f32 [NH, T]
+    Tensor x_mid;    ///< f32 [T, H], after attention
+    Tensor rstd_mid; ///< f32 [1, T]
+    Tensor gate_up;  ///< [T, 2I]
+    Tensor x_out;    ///< f32 [T, H]
+};
+
+struct LayerBuffers {
+    Buffer x_in, rstd_in, qkv, attended, lse, x_mid, rstd_mid, gate_up;
+};
+
+/// The activations that a kept pass saves, one set per layer; handed from pass to pass through the decoder.
+struct SavedLayers {
+    std::vector<LayerBuffers> layers;
+    Buffer x_out;
+};
+
+struct Decoder::Impl {
+    Impl(DecoderConfig model, Engine& used_engine, WeightStore& store);
+
+    DecoderConfig config;
+    Engine& engine;
+    WeightStore& weights;
+    AttentionShape shape;
+    float eps;
+    DType activation;
+    RopeTables rope;
+
+    LayerBuffers work; ///< of passes that keep nothing
+    Buffer normed, activated, d_x, d_activated, d_normed, d_attended, d_qkv, selected_rows;
+    std::vector<std::int64_t> identity; ///< 0, 1, 2, ...: a gather by it is a copy
+    std::shared_ptr<std::vector<std::unique_ptr<SavedLayers>>> spare =
+        std::make_shared<std::vector<std::unique_ptr<SavedLayers>>>();
+
+    /// @throws Error bad_data naming a token id outside the vocabulary or a position outside the context.
+    void check_tokens(std::span<const std::int32_t> tokens, std::span<const std::int32_t> positions) const;
+    void copy(const Tensor& from, const Tensor& to);
+
+    using Attention = std::function<void(const Tensor& qkv, const Tensor& attended)>;
+    void forward_layer(std::int64_t layer, const LayerActivations& a, std::span<const std::int32_t> positions,
+                       const Attention& attention);
+    LayerActivations activations(LayerBuffers& buffers, std::int64_t tokens, bool keep);
+    /// hidden [R, H] = final norm of the given rows of x; x_selected and rstd are saved when not empty.
+    void final_norm(const Tensor& x, std::span<const std::int64_t> rows, const Tensor& x_selected, const Tensor& rstd,
+                    const Tensor& hidden);
+};
+
+} // namespace selm

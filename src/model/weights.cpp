@@ -1,0 +1,255 @@
+#include "selm/model/weights.hpp"
+
+#include <utility>
+
+#include "selm/base/error.hpp"
+#include "selm/model/model_files.hpp"
+
+namespace selm {
+namespace {
+
+constexpr std::int64_t alignment = 16; // f32 elements: 64 bytes
+
+std::int64_t aligned(std::int64_t elements) { return (elements + alignment - 1) / alignment * alignment; }
+
+/// Norm gains and the embedding are used as they are; all else is multiplied with, in the engine's packing.
+bool is_dense(const DecoderConfig& config, std::int64_t parameter)
+{
+    if (parameter == ParameterIndex::embedding || parameter == ParameterIndex::final_norm(config))
+        return true;
+    const std::int64_t last_layer = ParameterIndex::down(config.layers - 1);
+    return parameter <= last_layer && ((parameter - 1) % 6 == 0 || (parameter - 1) % 6 == 3);
+}
+
+/// Where each parameter lies in one block of f32 elements. The entry after the last parameter is the packed embedding of a
+/// tied head; a size of 0 there means that the engine multiplies with the embedding itself. A device's engine makes its own
+/// copy of what it multiplies with: only the embedding and the norms are in the block.
+struct BlockLayout {
+    struct Place {
+        std::int64_t begin = 0;
+        std::int64_t elements = 0;
+        bool packed = false;
+    };
+    std::vector<Place> places;
+    std::int64_t total = 0;
+
+    BlockLayout(const DecoderConfig& config, const Engine& engine, std::span<const ParameterSpec> specs, bool with_backward)
+    {
+        for (std::size_t i = 0; i < specs.size(); ++i) {
+            const ParameterSpec& spec = specs[i];
+            const bool dense = is_dense(config, static_cast<std::int64_t>(i));
+            const std::int64_t packed = dense ? 0 : engine.packed_elements(spec.rows, spec.columns, with_backward);
+            const bool in_place = dense || engine.device() == Device::cpu;
+            add(packed > 0 ? packed : in_place ? spec.elements() : 0, packed > 0);
+        }
+        const bool tied = ParameterIndex::head(config) == ParameterIndex::embedding;
+        const std::int64_t head = tied ? engine.packed_elements(config.vocabulary, config.hidden, with_backward) : 0;
+        add(head, head > 0);
+    }
+    void add(std::int64_t elements, bool packed)
+    {
+        places.push_back({total, elements, packed});
+        total += aligned(elements);
+    }
+};
+
+void read_parameter(const SafetensorsReader& reader, const ParameterSpec& spec, DType dtype, std::span<float> out)
+{
+    read_model_parameter(reader, spec, out);
+    if (dtype == DType::bf16)
+        round_to_bf16(out);
+}
+
+/// Shape alone, for a handle to panels that another rank filled.
+Tensor shape_only(const ParameterSpec& spec)
+{
+    return {nullptr, nullptr, spec.rows, spec.columns, spec.columns, DType::f32, Device::cpu};
+}
+
+} // namespace
+
+struct ResidentWeights::Impl {
+    Impl(const DecoderConfig& model, Engine& used_engine, const Options& used_options)
+        : config(model), engine(used_engine), options(used_options), specs(decoder_parameters(model)),
+          layout(model, used_engine, specs, used_options.with_backward), layers(static_cast<std::size_t>(model.layers))
+    {
+    }
+
+    DecoderConfig config;
+    Engine& engine;
+    Options options;
+    std::vector<ParameterSpec> specs;
+    BlockLayout layout;
+    std::vector<Tensor> flat; ///< parameters of the caller; empty when read from a checkpoint
+    std::vector<Tensor> panels; ///< storage of packed parameters of the flat form
+    Tensor block;               ///< storage of everything when read from a checkpoint
+
+    std::vector<LayerWeights> layers;
+    Tensor embedding;
+    Tensor final_norm;
+    PackedWeight head;
+
+    std::int64_t head_index() const { return ParameterIndex::head(config); }
+    bool tied() const { return head_index() == ParameterIndex::embedding; }
+
+    Tensor carve(std::size_t place, std::int64_t rows, std::int64_t columns) const
+    {
+        Tensor view = block;
+        view.data = block.f32() + layout.places[place].begin;
+        view.rows = rows;
+        view.columns = view.stride = columns;
+        return view;
+    }
+
+    void set_dense(std::int64_t parameter, const Tensor& values)
+    {
+        if (parameter == ParameterIndex::embedding)
+            embedding = values;
+        else if (parameter == ParameterIndex::final_norm(config))
+            final_norm = values;
+        else if ((parameter - 1) % 6 == 0)
+            layers[static_cast<std::size_t>((parameter - 1) / 6)].input_norm = values;
+        else
+            layers[static_cast<std::size_t>((parameter - 1) / 6)].post_norm = values;
+    }
+    void set_linear(std::int64_t parameter, PackedWeight weight)
+    {
+        if (parameter == head_index()) {
+            head = std::move(weight);
+            return;
+        }
+        LayerWeights& layer = layers[static_cast<std::size_t>((parameter - 1) / 6)];
+        const std::int64_t which = (parameter - 1) % 6;
+        PackedWeight& place = which == 1 ? layer.qkv : which == 2 ? layer.out : which == 4 ? layer.gate_up : layer.down;
+        place = std::move(weight);
+    }
+
+    void load(const SafetensorsReader& reader);
+    void load_one(const SafetensorsReader& reader, std::size_t index, std::vector<float>& buffer);
+    void load_in_place(const SafetensorsReader& reader, std::size_t index, std::vector<float>& buffer);
+    void pack_flat();
+};
+
+/// Values that the engine uses unpacked: straight into their place.
+void ResidentWeights::Impl::load_in_place(const SafetensorsReader& reader, std::size_t index, std::vector<float>& buffer)
+{
+    const ParameterSpec& spec = specs[index];
+    const Tensor place = carve(index, spec.rows, spec.columns);
+    if (engine.device() == Device::cpu) {
+        read_parameter(reader, spec, options.dtype, {place.f32(), static_cast<std::size_t>(spec.elements())});
+    } else {
+        buffer.resize(static_cast<std::size_t>(spec.elements()));
+        read_parameter(reader, spec, options.dtype, buffer);
+        engine.copy_from_host(buffer.data(), place);
+    }
+}
+
+void ResidentWeights::Impl::load_one(const SafetensorsReader& reader, std::size_t index, std::vector<float>& buffer)
+{
+    const auto parameter = static_cast<std::int64_t>(index);
+    const ParameterSpec& spec = specs[index];
+    const bool mine = parameter % options.parts == options.part;
+    const BlockLayout::Place& place = layout.places[index];
+    Tensor values = shape_only(spec);
+    if (!place.packed && place.elements > 0) {
+        values = carve(index, spec.rows, spec.columns);
+        if (mine)
+            load_in_place(reader, index, buffer);
+    } else if (mine) {
+        buffer.resize(static_cast<std::size_t>(spec.elements()));
+        read_parameter(reader, spec, options.dtype, buffer);
+        values = borrow_f32(buffer.data(), spec.rows, spec.columns);
+    }
+    if (is_dense(config, parameter)) {
+        set_dense(parameter, values);
+    } else {
+        const Tensor storage = place.packed ? carve(index, 1, place.elements) : Tensor{};
+        set_linear(parameter, engine.pack(values, options.with_backward, storage, !mine));
+    }
+    if (parameter == ParameterIndex::embedding && tied()) {
+        const BlockLayout::Place& packed = layout.places.back();
+        const Tensor storage = packed.packed ? carve(layout.places.size() - 1, 1, packed.elements) : Tensor{};
+        head = engine.pack(values, options.with_backward, storage, !mine);
+    }
+}
+
+void ResidentWeights::Impl::load(const SafetensorsReader& reader)
+{
+    std::vector<float> buffer;
+    for (std::size_t i = 0; i < specs.size(); ++i)
+        load_one(reader, i, buffer);
+}
+
+void ResidentWeights::Impl::pack_flat()
+{
+    panels.resize(layout.places.size());
+    const auto storage_of = [&](std::size_t place) {
+        const BlockLayout::Place& needed = layout.places[place];
+        if (needed.packed && panels[place].empty())
+            panels[place] = engine.allocate(1, needed.elements, DType::f32);
+        return panels[place];
+    };
+    for (std::size_t i = 0; i < specs.size(); ++i) {
+        const auto parameter = static_cast<std::int64_t>(i);
+        if (is_dense(config, parameter))
+            set_dense(parameter, flat[i]);
+        else
+            set_linear(parameter, engine.pack(flat[i], options.with_backward, storage_of(i), false));
+    }
+    if (tied())
+        head = engine.pack(flat[0], options.with_backward, storage_of(layout.places.size() - 1), false);
+}
+
+std::int64_t ResidentWeights::memory_elements(const DecoderConfig& config, const Engine& engine, bool with_backward)
+{
+    if (engine.device() != Device::cpu)
+        return 0;
+    return BlockLayout(config, engine, decoder_parameters(config), with_backward).total;
+}
+
+ResidentWeights::ResidentWeights(const DecoderConfig& config, Engine& engine, const SafetensorsReader& reader,
+                                 const Options& options, const Tensor& memory)
+    : impl_(std::make_unique<Impl>(config, engine, options))
+{
+    SELM_EXPECT(options.parts >= 1 && options.part >= 0 && options.part < options.parts);
+    if (engine.device() != Device::cpu) { // every rank has a device, and all weights on it
+        impl_->options.part = 0;
+        impl_->options.parts = 1;
+        impl_->block = engine.allocate(1, impl_->layout.total, DType::f32);
+    } else {
+        SELM_EXPECT(!memory.empty() || options.parts == 1); // parts are filled by several ranks: the memory must be shared
+        impl_->block = memory.empty() ? engine.allocate(1, impl_->layout.total, DType::f32) : memory;
+        SELM_EXPECT(impl_->block.rows * impl_->block.columns >= impl_->layout.total);
+    }
+    impl_->load(reader);
+}
+
+ResidentWeights::ResidentWeights(const DecoderConfig& config, Engine& engine, std::vector<Tensor> parameters,
+                                 const Options& options)
+    : impl_(std::make_unique<Impl>(config, engine, options))
+{
+    SELM_EXPECT(options.parts == 1 && parameters.size() == impl_->specs.size());
+    for (std::size_t i = 0; i < parameters.size(); ++i)
+        SELM_EXPECT(parameters[i].rows == impl_->specs[i].rows && parameters[i].columns == impl_->specs[i].columns);
+    impl_->flat = std::move(parameters);
+    impl_->pack_flat();
+}
+
+ResidentWeights::~ResidentWeights() = default;
+
+void ResidentWeights::refresh()
+{
+    SELM_EXPECT(!impl_->flat.empty());
+    impl_->pack_flat();
+}
+
+const LayerWeights& ResidentWeights::layer(std::int64_t index)
+{
+    SELM_EXPECT(index >= 0 && index < impl_->config.layers);
+    return impl_->layers[static_cast<std::size_t>(index)];
+}
+const Tensor& ResidentWeights::embedding() { return impl_->embedding; }
+const Tensor& ResidentWeights::final_norm() { return impl_->final_norm; }
+const PackedWeight& ResidentWeights::head() { return impl_->head; }
+
+} // namespace selm
