@@ -26,12 +26,13 @@ struct GenerateOptions {
     double top_p = 1;
     std::int64_t top_k = 0;                ///< 0: off
     std::int64_t slots = 16;               ///< sequences decoded together per rank
+    std::int64_t prefill_tokens = 256;     ///< of prompts read per step beside the decoding sequences
     std::string on_long_prompt = "stop";   ///< stop | skip
     std::string responses;                 ///< F.jsonl with answers made elsewhere, or "none"; empty: generate
     std::string stop_file;                 ///< polled on rank 0
 
     void describe(OptionVisitor& visitor);
-    void validate() const;
+    void validate() const; ///< @throws Error usage, configuration
 };
 
 struct GenerateReport {
@@ -46,7 +47,18 @@ struct GenerateReport {
     double idle_fraction = 0;              ///< mean over ranks of idle / wall
 };
 
-/// One response per prompt from the policy, written to `output`. Collective over comm.
+/**
+ * @brief One response per prompt of the portion from the policy, written to `output` (selm-iteration). Collective over comm.
+ *
+ * The data depend on neither the number of ranks nor slots (where the engine is row invariant; else a warning is logged).
+ * Finished rows are journalled beside `output`: a rerun after any end, on any number of ranks, does only the others.
+ * A generated answer ends at the chat format's end-of-turn token, at an eos_token_id of the model directory
+ * (generation_config.json, else config.json), or by length.
+ *
+ * @throws Error configuration: no such policy, tokenizer and model that do not belong together, unknown chat format;
+ * bad_data: unreadable data, a prompt that leaves no room in the model's context, responses that do not match the rows, an
+ * output that is there and was made otherwise, logits that are not finite; usage: portion out of range; io: disk full.
+ */
 GenerateReport run_generate(const GenerateOptions& options, Communicator& comm);
 
 } // namespace selm

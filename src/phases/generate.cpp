@@ -1,0 +1,564 @@
+#include "selm/phases/generate.hpp"
+
+#include <algorithm>
+#include <chrono>
+#include <filesystem>
+#include <optional>
+#include <thread>
+#include <utility>
+
+#include <unistd.h>
+
+#include "given_responses.hpp"
+#include "model_files.hpp"
+#include "prompt_store.hpp"
+#include "selm/algo/schedule.hpp"
+#include "selm/base/error.hpp"
+#include "selm/base/hash.hpp"
+#include "selm/base/log.hpp"
+#include "selm/base/stop.hpp"
+#include "selm/comm/agree.hpp"
+#include "selm/data/iteration.hpp"
+#include "selm/data/journal.hpp"
+#include "selm/data/work_queue.hpp"
+#include "selm/phases/config_text.hpp"
+#include "selm/phases/generate_scheduler.hpp"
+#include "selm/phases/progress.hpp"
+#include "selm/phases/shared_model.hpp"
+#include "selm/text/encoding.hpp"
+#include "selm/text/utf8.hpp"
+
+namespace selm {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+constexpr double stop_file_every_s = 0.5, sync_every_s = 3;
+constexpr auto shortest_sleep = std::chrono::milliseconds(1), longest_sleep = std::chrono::milliseconds(20);
+constexpr int queue_tag = 1, progress_tag = 7;
+
+double seconds_since(Clock::time_point start)
+{
+    return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+/// What an output is made from; equal for two runs exactly when they give the same data.
+struct Source {
+    ConfigText config;
+    std::string data_digest, policy_digest, responses_digest;
+};
+
+/// The rows of the portion and where they come from.
+struct Input {
+    std::unique_ptr<PreferencesReader> prefs;
+    PortionRange range;
+    Source source;
+
+    std::int64_t rows() const { return range.end - range.begin; }
+    std::vector<std::int64_t> keys() const
+    {
+        std::vector<std::int64_t> keys(static_cast<std::size_t>(rows()));
+        for (std::size_t i = 0; i < keys.size(); ++i)
+            keys[i] = range.begin + static_cast<std::int64_t>(i);
+        return keys;
+    }
+};
+
+/// What a rank brings to the output.
+struct Answers {
+    std::vector<GeneratedAnswer> mine;
+    RankTiming timing;
+    std::string engine, chat_format; ///< empty when nothing was generated
+};
+
+void check_output_directory(const std::string& output)
+{
+    const std::filesystem::path parent = std::filesystem::path(output).parent_path();
+    const std::string directory = parent.empty() ? "." : parent.string();
+    SELM_VALIDATE(std::filesystem::is_directory(directory) && ::access(directory.c_str(), W_OK | X_OK) == 0, ExitCode::usage,
+                  "--output " << output << ": " << directory
+                              << " is no directory that can be written to (answers could not be saved). Make it, or choose another");
+}
+
+Input open_input(const GenerateOptions& options, Communicator& comm)
+{
+    Input input;
+    agree(comm, "opening the prompts", [&] {
+        input.prefs = std::make_unique<PreferencesReader>(options.data);
+        input.range = portion_range(input.prefs->rows(), options.portion, options.portions);
+        SELM_VALIDATE(input.rows() > 0, ExitCode::bad_data,
+                      options.data << ": portion " << options.portion << " of " << options.portions << " has no rows (the file has "
+                                   << input.prefs->rows() << "). Use fewer portions or more rows");
+        if (comm.is_root())
+            check_output_directory(options.output);
+    });
+    input.source.config = config_text(options);
+    input.source.data_digest = root_string(comm, "digest of the prompts", [&] { return input.prefs->digest(); });
+    if (options.responses.empty())
+        input.source.policy_digest = root_string(comm, "digest of the policy", [&] { return model_digest(options.policy); });
+    else if (options.responses != "none")
+        input.source.responses_digest = root_string(comm, "digest of the responses", [&] { return hash_file(options.responses); });
+    return input;
+}
+
+std::string text_attribute(const h5::Attributes& attributes, const std::string& name)
+{
+    const auto found = attributes.find(name);
+    const auto* text = found == attributes.end() ? nullptr : std::get_if<std::string>(&found->second);
+    return text == nullptr ? std::string() : *text;
+}
+
+/// Throws unless the iteration file is what this run would make.
+void check_same_source(const IterationReader& file, const Source& source)
+{
+    const IterationAttributes found = file.attributes();
+    const std::string responses = text_attribute(found.file.extra, "responses_digest");
+    const auto differs = [&](const std::string& what) {
+        throw data_error(cat(file.path(), " is there already and was made ", what,
+                             " (it is not replaced: it may be needed). Remove it, or pass another --output"));
+    };
+    if (found.file.source_digest != source.data_digest)
+        differs("from other prompts");
+    if (found.policy_digest != source.policy_digest)
+        differs("by another policy");
+    if (responses != source.responses_digest)
+        differs("from other responses");
+    if (found.file.config_hash != source.config.recipe_hash)
+        differs("with other options (see its attribute config)");
+}
+
+/// The report of an output that is complete already; nothing when there is no file. Collective over comm.
+std::optional<GenerateReport> existing_output(const GenerateOptions& options, const Input& input, Communicator& comm)
+{
+    struct Found {
+        std::int64_t exists = 0, rows = 0, none = 0, stop = 0, length = 0;
+    } found;
+    agree(comm, "looking at the output", [&] {
+        if (!comm.is_root() || !std::filesystem::exists(options.output))
+            return;
+        const IterationReader file(options.output);
+        check_same_source(file, input.source);
+        found = {.exists = 1, .rows = file.rows()};
+        for (std::int64_t i = 0; i < file.rows(); ++i) {
+            const FinishReason reason = file.finish_reason(i);
+            found.none += reason == FinishReason::none;
+            found.stop += reason == FinishReason::stop;
+            found.length += reason == FinishReason::length;
+        }
+        Journal::remove_leftover(options.output);
+    });
+    broadcast_value(comm, found, 0, "looking at the output");
+    if (found.exists == 0)
+        return std::nullopt;
+    SELM_LOG(info, options.output << " is complete already: " << found.rows << " rows");
+    return GenerateReport{.outcome = Outcome::already_complete,
+                          .rows = found.rows,
+                          .skipped_rows = options.responses == "none" ? 0 : found.none,
+                          .stopped_by_end = found.stop,
+                          .stopped_by_length = found.length};
+}
+
+// --- generation -------------------------------------------------------------------------------------------------------
+
+/// Tokenizer and chat format of the policy.
+struct Language {
+    Tokenizer tokenizer;
+    ChatFormat format;
+    std::vector<std::int32_t> end_tokens;
+};
+
+Language load_language(const GenerateOptions& options)
+{
+    Tokenizer tokenizer = Tokenizer::from_directory(options.policy);
+    const ChatFormat format = options.encoding.chat_format.empty() ? ChatFormat::recognise(options.policy, tokenizer)
+                                                                   : ChatFormat::by_name(options.encoding.chat_format);
+    std::vector<std::int32_t> end_tokens = end_of_sequence_ids(options.policy);
+    end_tokens.push_back(end_of_turn_id(tokenizer, format));
+    std::sort(end_tokens.begin(), end_tokens.end());
+    end_tokens.erase(std::unique(end_tokens.begin(), end_tokens.end()), end_tokens.end());
+    return {std::move(tokenizer), format, std::move(end_tokens)};
+}
+
+/// Rows to answer with their token limits, and rows whose prompt leaves no room in the context.
+struct Plan {
+    std::vector<std::int64_t> rows; ///< hand-out order: longest prompt first
+    std::vector<std::int64_t> skipped;
+    std::int64_t longest = 0; ///< prompt and answer, in tokens
+};
+
+std::int64_t new_token_limit(const GenerateOptions& options, const DecoderConfig& config, std::int64_t prompt_tokens)
+{
+    return std::min(options.max_new_tokens, config.max_positions - prompt_tokens);
+}
+
+Plan plan_rows(const GenerateOptions& options, const DecoderConfig& config, const Input& input, const PromptStore& prompts)
+{
+    Plan plan;
+    for (std::int64_t row = input.range.begin; row < input.range.end; ++row) {
+        const std::int64_t length = prompts.length(row), limit = new_token_limit(options, config, length);
+        if (limit >= 1) {
+            plan.rows.push_back(row);
+            plan.longest = std::max(plan.longest, length + limit);
+        } else {
+            plan.skipped.push_back(row);
+        }
+    }
+    if (!plan.skipped.empty() && options.on_long_prompt == "stop") {
+        const std::int64_t row = plan.skipped.front();
+        throw data_error(cat(options.data, " row ", row, " (prompt_id \"", input.prefs->id(row), "\"): its prompt of ",
+                             prompts.length(row), " tokens leaves no room for an answer in the model's context of ",
+                             config.max_positions, " (", plan.skipped.size(),
+                             " such row(s)). Take the rows out, or pass --on-long-prompt skip"));
+    }
+    std::stable_sort(plan.rows.begin(), plan.rows.end(),
+                     [&](std::int64_t a, std::int64_t b) { return prompts.length(a) > prompts.length(b); });
+    return plan;
+}
+
+GeneratedAnswer to_answer(const Tokenizer& tokenizer, SampledAnswer sampled)
+{
+    GeneratedAnswer answer;
+    answer.row = sampled.row;
+    answer.text = std::string(strip_whitespace(tokenizer.decode(sampled.tokens, SpecialTokens::skip)));
+    answer.tokens = std::move(sampled.tokens);
+    answer.logprobs = std::move(sampled.log_probs);
+    answer.finish_reason = sampled.ended ? FinishReason::stop : FinishReason::length;
+    return answer;
+}
+
+std::vector<std::byte> to_payload(const SampledAnswer& answer)
+{
+    PayloadWriter payload;
+    payload.value(std::uint8_t{answer.ended});
+    payload.array(std::span<const std::int32_t>(answer.tokens));
+    payload.array(std::span<const float>(answer.log_probs));
+    return payload.bytes();
+}
+
+SampledAnswer from_payload(const Journal::Record& record)
+{
+    PayloadReader payload(record.payload);
+    SampledAnswer answer;
+    answer.row = record.row;
+    answer.ended = payload.value<std::uint8_t>() != 0;
+    answer.tokens = payload.array<std::int32_t>();
+    answer.log_probs = payload.array<float>();
+    return answer;
+}
+
+/// Rows of a journal are taken over only when they are what this run would make; engines round differently.
+JournalBinding journal_binding(const Source& source, const SharedModel& model)
+{
+    return {{"recipe", source.config.recipe_hash},
+            {"policy", source.policy_digest},
+            {"prompts", source.data_digest},
+            {"engine", model.engine_key()}};
+}
+
+/// One rank's work: takes rows from the queue, decodes, journals.
+class Generator {
+  public:
+    Generator(const GenerateOptions& options, const Language& language, const PromptStore& prompts, SharedModel& model,
+              std::int64_t slots, std::int64_t capacity, Journal& journal, ProgressReporter& progress, Communicator& comm)
+        : options_(options), language_(language), prompts_(prompts), model_(model), journal_(journal), progress_(progress),
+          comm_(comm), session_(model.decoder(), slots, capacity),
+          batch_(batch_options(slots), [this](std::span<const DecodeWork> work) { return run_step(work); })
+    {
+    }
+
+    /// Until there is no more work for this rank; rank 0 stays until all rows are done everywhere, to spread a stop request
+    /// and to show the progress. Rows in flight are dropped when stopped.
+    void run(WorkQueue& queue)
+    {
+        const Clock::time_point start = Clock::now();
+        Clock::time_point synced = start;
+        bool finished = false;
+        while (!finished || !batch_.empty()) {
+            poll(queue);
+            if (queue.stopped())
+                break;
+            finished = fill(queue, finished);
+            if (batch_.empty()) {
+                if (!finished)
+                    sleep();
+                continue;
+            }
+            nap_ = shortest_sleep;
+            finish(batch_.step());
+            if (seconds_since(synced) > sync_every_s) {
+                journal_.sync();
+                synced = Clock::now();
+            }
+        }
+        journal_.sync();
+        progress_.update(rows_, batch_.new_tokens());
+        progress_.flush();
+        busy_s_ = seconds_since(start) - slept_s_;
+        while (comm_.is_root() && !queue.stopped() && progress_.rows_done() < total_) {
+            sleep();
+            poll(queue);
+        }
+    }
+
+    void set_total(std::int64_t total) { total_ = total; }
+    std::vector<SampledAnswer> take_answers() { return std::move(answers_); }
+    std::int64_t rows() const { return rows_; }
+    std::int64_t ended() const { return ended_; }
+    std::int64_t new_tokens() const { return batch_.new_tokens(); }
+    std::int64_t prompt_tokens() const { return batch_.prompt_tokens(); }
+    double busy_s() const { return busy_s_; } ///< in run(), without waiting for rows
+
+  private:
+    ContinuousBatch::Options batch_options(std::int64_t slots) const
+    {
+        return {.slots = slots,
+                .prefill_tokens = options_.prefill_tokens,
+                .end_tokens = language_.end_tokens,
+                .sampling = {.temperature = options_.temperature, .top_p = options_.top_p, .top_k = options_.top_k},
+                .allowed_ids = std::min(language_.tokenizer.vocabulary_size(), model_.config().vocabulary),
+                .seed = static_cast<std::uint64_t>(options_.common.seed),
+                .iteration = static_cast<std::uint64_t>(options_.iteration)};
+    }
+
+    Tensor run_step(std::span<const DecodeWork> work)
+    {
+        const Tensor logits = session_.step(work);
+        if (logits.device == Device::cpu)
+            return logits;
+        host_logits_.resize(static_cast<std::size_t>(logits.rows * logits.columns));
+        model_.engine().copy_to_host(logits, host_logits_.data());
+        return borrow_f32(host_logits_.data(), logits.rows, logits.columns);
+    }
+
+    /// Fills free slots; true: the queue has nothing more for this rank.
+    bool fill(WorkQueue& queue, bool finished)
+    {
+        while (!finished && batch_.free_slots() > 0) {
+            const WorkQueue::Next next = queue.try_next();
+            if (next.state != WorkQueue::State::item)
+                return next.state == WorkQueue::State::finished;
+            const auto prompt = prompts_.prompt(next.item);
+            batch_.add({.row = next.item,
+                        .prompt = prompt,
+                        .max_new_tokens = new_token_limit(options_, model_.config(), static_cast<std::int64_t>(prompt.size()))});
+        }
+        return finished;
+    }
+
+    void finish(std::vector<SampledAnswer> answers)
+    {
+        for (SampledAnswer& answer : answers) {
+            journal_.append(answer.row, to_payload(answer));
+            ++rows_;
+            ended_ += answer.ended;
+            answers_.push_back(std::move(answer));
+        }
+    }
+
+    /// Messages, progress and requests to stop; never waits.
+    void poll(WorkQueue& queue)
+    {
+        queue.poll();
+        progress_.update(rows_, batch_.new_tokens());
+        progress_.poll();
+        bool stop = stop_signal_received();
+        if (comm_.is_root() && !options_.stop_file.empty() && seconds_since(looked_for_stop_) > stop_file_every_s) {
+            looked_for_stop_ = Clock::now();
+            stop = stop || std::filesystem::exists(options_.stop_file);
+        }
+        if (stop && !queue.stopped())
+            queue.stop();
+    }
+
+    void sleep()
+    {
+        const Clock::time_point start = Clock::now();
+        std::this_thread::sleep_for(nap_);
+        nap_ = std::min(2 * nap_, longest_sleep);
+        slept_s_ += seconds_since(start);
+    }
+
+    const GenerateOptions& options_;
+    const Language& language_;
+    const PromptStore& prompts_;
+    SharedModel& model_;
+    Journal& journal_;
+    ProgressReporter& progress_;
+    Communicator& comm_;
+    DecodeSession session_;
+    ContinuousBatch batch_;
+    std::vector<float> host_logits_;
+    std::vector<SampledAnswer> answers_;
+    std::int64_t rows_ = 0, ended_ = 0, total_ = 0;
+    double busy_s_ = 0, slept_s_ = 0;
+    std::chrono::milliseconds nap_ = shortest_sleep;
+    Clock::time_point looked_for_stop_{};
+};
+
+/// Sums of this run's counts over all ranks, into the report. Collective over comm.
+void add_up(GenerateReport& report, const Generator& generator, const RankTiming& timing, Communicator& comm)
+{
+    std::int64_t counts[] = {generator.rows(), generator.ended(), generator.prompt_tokens(), generator.new_tokens()};
+    comm.all_reduce(std::span<std::int64_t>(counts), ReduceOp::sum, "counts of generation");
+    report.generated_rows = counts[0];
+    report.stopped_by_end = counts[1];
+    report.stopped_by_length = counts[0] - counts[1];
+    report.prompt_tokens = counts[2];
+    report.new_tokens = counts[3];
+    const double wall = timing.busy_s + timing.idle_s;
+    report.idle_fraction = all_reduce_value(comm, wall > 0 ? timing.idle_s / wall : 0, ReduceOp::sum, "idle time") / comm.size();
+}
+
+void log_start(const GenerateOptions& options, const Language& language, const Plan& plan, const SharedModel& model,
+               std::int64_t slots, std::int64_t resumed, const Communicator& comm)
+{
+    std::string ends;
+    for (const std::int32_t id : language.end_tokens)
+        ends += cat(ends.empty() ? "" : ", ", language.tokenizer.token_text(id).value_or("?"), " (", id, ")");
+    SELM_LOG(info, "generating " << plan.rows.size() << " answers of at most " << options.max_new_tokens << " tokens, "
+                                 << (options.temperature > 0 ? "sampled" : "greedy") << ", chat format " << language.format.name()
+                                 << ", answers end at " << ends << "; " << comm.size() << " rank(s) of " << slots << " slots");
+    if (resumed > 0)
+        SELM_LOG(info, resumed << " of them are in the journal of an earlier run");
+    if (!plan.skipped.empty())
+        SELM_LOG(warning, plan.skipped.size() << " row(s) get no answer: their prompt leaves no room in the model's context");
+    if (!model.engine().row_invariant() && (comm.size() > 1 || slots > 1))
+        SELM_LOG(warning, "engine " << model.engine().name()
+                                    << " is not row invariant: answers may differ with the number of ranks and slots");
+}
+
+/// Answers of the policy; nullopt when stopped before all rows were done. Collective over comm.
+std::optional<Answers> generate_answers(const GenerateOptions& options, const Input& input, std::optional<Journal>& opened,
+                                        GenerateReport& report, Communicator& comm)
+{
+    std::optional<Language> language;
+    std::optional<DecoderConfig> config;
+    agree(comm, "reading the policy", [&] {
+        config = DecoderConfig::from_directory(options.policy);
+        SELM_VALIDATE(!config->sequence_classifier, ExitCode::configuration,
+                      options.policy << " is a reward model (it has no language-model head). Pass --policy a causal language model");
+        language.emplace(load_language(options));
+        check_vocabulary(options.policy, language->tokenizer.vocabulary_size(), config->vocabulary);
+    });
+    const PromptStore prompts(*input.prefs, input.range.begin, input.range.end, language->tokenizer, language->format, comm);
+    Plan plan;
+    agree(comm, "lengths of the prompts", [&] { plan = plan_rows(options, *config, input, prompts); });
+    report.skipped_rows = static_cast<std::int64_t>(plan.skipped.size());
+    const auto model = SharedModel::from_directory(options.policy, options.common, comm, input.source.policy_digest);
+    Journal& journal = opened.emplace(options.output, journal_binding(input.source, *model), comm);
+    report.resumed_rows = static_cast<std::int64_t>(journal.done_rows().size());
+
+    std::vector<std::int64_t> items;
+    std::copy_if(plan.rows.begin(), plan.rows.end(), std::back_inserter(items), [&](std::int64_t row) { return !journal.is_done(row); });
+    const auto count = static_cast<std::int64_t>(items.size());
+    const std::int64_t share = (count + comm.size() - 1) / comm.size();
+    const std::int64_t slots = std::clamp<std::int64_t>(share, 1, options.slots);
+    const std::int64_t capacity = (plan.longest + prefill_tile - 1) / prefill_tile * prefill_tile;
+
+    log_start(options, *language, plan, *model, slots, report.resumed_rows, comm);
+    ProgressReporter progress(comm, {.mode = options.common.progress,
+                                     .label = "generate",
+                                     .total = static_cast<std::int64_t>(plan.rows.size()),
+                                     .done_before = report.resumed_rows,
+                                     .tag = progress_tag});
+    std::optional<Generator> generator;
+    agree(comm, "memory for keys and values", [&] {
+        generator.emplace(options, *language, prompts, *model, slots, std::max(capacity, prefill_tile), journal, progress, comm);
+        generator->set_total(static_cast<std::int64_t>(plan.rows.size()));
+    });
+
+    const Clock::time_point start = Clock::now();
+    WorkQueue queue(comm, items, {.tag = queue_tag, .initial_per_rank = initial_share(count, comm.size(), slots), .prefetch = 1});
+    run_queue(comm, queue, "generation", [&](WorkQueue& work) { generator->run(work); });
+    progress.finish();
+    Answers answers;
+    answers.timing.rows = generator->rows();
+    answers.timing.busy_s = generator->busy_s();
+    answers.timing.idle_s = std::max(0.0, seconds_since(start) - answers.timing.busy_s);
+    add_up(report, *generator, answers.timing, comm);
+    if (report.resumed_rows + report.generated_rows < static_cast<std::int64_t>(plan.rows.size()))
+        return std::nullopt;
+
+    agree(comm, "decoding the answers", [&] {
+        for (SampledAnswer& answer : generator->take_answers())
+            answers.mine.push_back(to_answer(language->tokenizer, std::move(answer)));
+        for (const Journal::Record& record : journal.take_recovered())
+            answers.mine.push_back(to_answer(language->tokenizer, from_payload(record)));
+        for (const std::int64_t row : comm.is_root() ? plan.skipped : std::vector<std::int64_t>())
+            answers.mine.push_back({.row = row, .text = {}, .tokens = {}, .logprobs = {}, .finish_reason = FinishReason::none});
+    });
+    answers.engine = model->engine().description();
+    answers.chat_format = language->format.name();
+    return answers;
+}
+
+/// Answers made elsewhere, or none. Collective over comm.
+Answers given_answers(const GenerateOptions& options, const Input& input, Communicator& comm)
+{
+    Answers answers;
+    agree(comm, "reading the responses", [&] {
+        if (!comm.is_root())
+            return;
+        if (options.responses != "none") {
+            answers.mine = read_given_responses(options.responses, *input.prefs, input.range.begin, input.range.end);
+        } else {
+            for (const std::int64_t row : input.keys())
+                answers.mine.push_back({.row = row, .text = {}, .tokens = {}, .logprobs = {}, .finish_reason = FinishReason::none});
+        }
+        answers.timing.rows = input.rows();
+    });
+    return answers;
+}
+
+void write_output(const GenerateOptions& options, const Input& input, const Answers& answers, Communicator& comm)
+{
+    IterationAttributes attributes;
+    attributes.file.config = input.source.config.ini;
+    attributes.file.config_hash = input.source.config.recipe_hash;
+    attributes.file.source_digest = input.source.data_digest;
+    if (!answers.engine.empty())
+        attributes.file.extra = {{"engine", answers.engine}, {"dtype", options.common.dtype}, {"chat_format", answers.chat_format}};
+    if (!input.source.responses_digest.empty())
+        attributes.file.extra["responses_digest"] = input.source.responses_digest;
+    attributes.iteration = options.iteration;
+    attributes.portion = options.portion;
+    attributes.portions = options.portions;
+    attributes.policy = options.responses.empty() ? options.policy : std::string();
+    attributes.policy_digest = input.source.policy_digest;
+    write_iteration(options.output, *input.prefs, input.keys(), answers.mine, attributes, answers.timing, comm);
+}
+
+} // namespace
+
+GenerateReport run_generate(const GenerateOptions& given, Communicator& comm)
+{
+    const Clock::time_point start = Clock::now();
+    GenerateOptions options = given;
+    options.validate();
+    if (options.iteration == 0)
+        options.iteration = options.portion;
+    const Input input = open_input(options, comm);
+    if (auto report = existing_output(options, input, comm))
+        return *report;
+
+    GenerateReport report;
+    report.rows = input.rows();
+    std::optional<Answers> answers;
+    std::optional<Journal> journal;
+    if (options.responses.empty())
+        answers = generate_answers(options, input, journal, report, comm);
+    else
+        answers = given_answers(options, input, comm);
+    if (answers)
+        write_output(options, input, *answers, comm);
+    if (answers && journal)
+        journal->remove();
+    report.outcome = answers ? Outcome::done : Outcome::stopped;
+    report.seconds = all_reduce_value(comm, seconds_since(start), ReduceOp::max, "time of generation");
+    if (!answers)
+        SELM_LOG(info, "stopped; " << report.resumed_rows + report.generated_rows << " of " << report.rows
+                                   << " rows are in the journal. Run the same command again to go on");
+    return report;
+}
+
+} // namespace selm

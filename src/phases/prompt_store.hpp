@@ -1,0 +1,32 @@
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "selm/comm/communicator.hpp"
+#include "selm/data/preferences.hpp"
+#include "selm/text/chat_format.hpp"
+#include "selm/text/tokenizer.hpp"
+
+namespace selm {
+
+/// Token ids of the prompts (generation header included, never cut) of rows [begin, end), once per node: its ranks tokenise
+/// together into memory that they share. Construction and destruction are collective over the communicator.
+class PromptStore {
+  public:
+    PromptStore(const PreferencesReader& prefs, std::int64_t begin, std::int64_t end, const Tokenizer& tokenizer,
+                const ChatFormat& format, Communicator& comm);
+    /// @param row index in prefs, within [begin, end). Valid for the life of the store.
+    std::span<const std::int32_t> prompt(std::int64_t row) const;
+    std::int64_t length(std::int64_t row) const { return static_cast<std::int64_t>(prompt(row).size()); }
+
+  private:
+    std::int64_t begin_;
+    std::vector<std::int64_t> offsets_; // [rows + 1], in tokens
+    std::unique_ptr<Communicator> node_;
+    std::unique_ptr<NodeSharedMemory> memory_;
+};
+
+} // namespace selm
