@@ -13,6 +13,7 @@ set(selm_test_environment
     "LSAN_OPTIONS=suppressions=${CMAKE_SOURCE_DIR}/tests/support/lsan.supp:print_suppressions=0"
     "UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1"
     "SELM_BIN_DIR=${CMAKE_BINARY_DIR}/bin"
+    "SELM_TOOL_DIR=${CMAKE_BINARY_DIR}/tests"
     "SELM_SOURCE_DIR=${CMAKE_SOURCE_DIR}"
     "SELM_SMOLLM2_DIR=${SELM_SMOLLM2_DIR}"
     "SELM_REFERENCE_PYTHON=${SELM_REFERENCE_PYTHON}"
@@ -60,6 +61,19 @@ foreach(module IN LISTS selm_test_modules)
                 LABELS mpi TIMEOUT 120 PROCESSORS ${ranks} ENVIRONMENT "${selm_test_environment};SELM_TEST_WATCHDOG_S=100")
         endforeach()
     endif()
+endforeach()
+
+# --- tests/support/tools/NAME.cpp: a program that Python references talk to, linked to the modules whose headers it includes
+file(GLOB tool_sources CONFIGURE_DEPENDS "${CMAKE_SOURCE_DIR}/tests/support/tools/*.cpp")
+set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${tool_sources})
+foreach(source IN LISTS tool_sources)
+    cmake_path(GET source STEM name)
+    file(STRINGS "${source}" tool_modules REGEX "^#include \"selm/")
+    list(TRANSFORM tool_modules REPLACE "^#include \"selm/([^/]+)/.*$" "selm::\\1")
+    list(REMOVE_DUPLICATES tool_modules)
+    add_executable(${name} ${source})
+    target_link_libraries(${name} PRIVATE selm_flags ${tool_modules} nlohmann_json::nlohmann_json)
+    set_target_properties(${name} PROPERTIES RUNTIME_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}/tests")
 endforeach()
 
 # --- Python references: only with the reference environment (scripts/test sets it)

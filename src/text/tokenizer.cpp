@@ -1,0 +1,198 @@
+#include "selm/text/tokenizer.hpp"
+
+#include <mutex>
+#include <utility>
+
+#include "selm/base/error.hpp"
+#include "selm/base/files.hpp"
+#include "selm/text/utf8.hpp"
+#include "tokenizer_reader.hpp"
+
+namespace selm {
+namespace {
+
+/// Everything that one call of encode() writes to.
+struct Scratch {
+    text::PreTokenizerScratch pre_tokenizer;
+    text::BpeScratch model;
+    text::Words words;
+    std::vector<text::Stretch> stretches;
+    std::vector<text::Stretch> inner_stretches;
+};
+
+/// Lends scratch memory to calls, so that their caches live on and threads do not share one.
+class ScratchPool {
+  public:
+    std::unique_ptr<Scratch> take()
+    {
+        const std::lock_guard lock(mutex_);
+        if (free_.empty())
+            return std::make_unique<Scratch>();
+        std::unique_ptr<Scratch> scratch = std::move(free_.back());
+        free_.pop_back();
+        return scratch;
+    }
+    void give_back(std::unique_ptr<Scratch> scratch)
+    {
+        const std::lock_guard lock(mutex_);
+        free_.push_back(std::move(scratch));
+    }
+
+  private:
+    std::mutex mutex_;
+    std::vector<std::unique_ptr<Scratch>> free_;
+};
+
+std::vector<text::AddedToken> tokens_where(const std::vector<text::AddedToken>& tokens, bool normalized)
+{
+    std::vector<text::AddedToken> chosen;
+    for (const text::AddedToken& token : tokens)
+        if (token.normalized == normalized)
+            chosen.push_back(token);
+    return chosen;
+}
+
+} // namespace
+
+struct Tokenizer::Data {
+    explicit Data(text::TokenizerParts given)
+        : parts(std::move(given)), plain_finder(tokens_where(parts.added_tokens, false)),
+          normalized_finder(tokens_where(parts.added_tokens, true))
+    {
+        for (const auto& [token, id] : parts.model->vocabulary())
+            put(id, token);
+        special.resize(texts.size(), false);
+        for (const text::AddedToken& token : parts.added_tokens) {
+            put(token.id, token.content);
+            added_ids.emplace(token.content, token.id);
+            special.resize(texts.size(), false);
+            special[static_cast<std::size_t>(token.id)] = token.special;
+        }
+    }
+
+    void put(std::int32_t id, const std::string& token)
+    {
+        if (texts.size() <= static_cast<std::size_t>(id))
+            texts.resize(static_cast<std::size_t>(id) + 1);
+        texts[static_cast<std::size_t>(id)] = token;
+    }
+
+    /// @p words.text is set and not empty.
+    void encode_words(text::Words& words, Scratch& scratch, std::vector<std::int32_t>& ids) const
+    {
+        words.ranges.assign(1, {0, words.text.size()});
+        if (parts.pre_tokenizer)
+            parts.pre_tokenizer->apply(words, scratch.pre_tokenizer);
+        for (const text::Words::Range& range : words.ranges)
+            parts.model->encode_word(words.word(range), ids, scratch.model);
+    }
+
+    void encode(std::string_view text, bool skip_special, Scratch& scratch, std::vector<std::int32_t>& ids) const
+    {
+        scratch.stretches.clear();
+        plain_finder.split(text, skip_special, scratch.stretches, scratch.pre_tokenizer.match);
+        for (const text::Stretch& outer : scratch.stretches) {
+            if (outer.id >= 0) {
+                ids.push_back(outer.id);
+                continue;
+            }
+            // A normalizer would work on this stretch here.
+            const std::string_view part = text.substr(outer.begin, outer.end - outer.begin);
+            scratch.inner_stretches.clear();
+            normalized_finder.split(part, skip_special, scratch.inner_stretches, scratch.pre_tokenizer.match);
+            for (const text::Stretch& inner : scratch.inner_stretches) {
+                if (inner.id >= 0) {
+                    ids.push_back(inner.id);
+                    continue;
+                }
+                scratch.words.text.assign(part.substr(inner.begin, inner.end - inner.begin));
+                encode_words(scratch.words, scratch, ids);
+            }
+        }
+    }
+
+    text::TokenizerParts parts;
+    text::AddedTokenFinder plain_finder;
+    text::AddedTokenFinder normalized_finder;
+    text::StringMap<std::int32_t> added_ids;
+    std::vector<std::optional<std::string>> texts; ///< by id
+    std::vector<bool> special;                     ///< by id
+    mutable ScratchPool pool;
+};
+
+Tokenizer::Tokenizer(std::unique_ptr<const Data> data) : data_(std::move(data)) {}
+Tokenizer::~Tokenizer() = default;
+Tokenizer::Tokenizer(Tokenizer&&) noexcept = default;
+Tokenizer& Tokenizer::operator=(Tokenizer&&) noexcept = default;
+
+Tokenizer Tokenizer::from_directory(const std::string& directory)
+{
+    const std::string path = directory + "/tokenizer.json";
+    std::string json;
+    try {
+        json = read_file(path);
+    } catch (const Error& error) {
+        throw config_error(cat(error.what(), ". A model directory needs the Hugging Face tokenizer.json"));
+    }
+    return from_json(json, path);
+}
+
+Tokenizer Tokenizer::from_json(std::string_view json, const std::string& name)
+{
+    return Tokenizer(std::make_unique<const Data>(text::read_tokenizer_json(json, name)));
+}
+
+std::vector<std::int32_t> Tokenizer::encode(std::string_view text, SpecialText special) const
+{
+    std::string repaired;
+    if (find_invalid_utf8(text)) {
+        repaired = replace_invalid_utf8(text);
+        text = repaired;
+    }
+    std::vector<std::int32_t> ids;
+    std::unique_ptr<Scratch> scratch = data_->pool.take(); // after an exception it is not given back: no harm
+    data_->encode(text, special == SpecialText::literal, *scratch, ids);
+    data_->pool.give_back(std::move(scratch));
+    return ids;
+}
+
+std::string Tokenizer::decode(std::span<const std::int32_t> ids, SpecialTokens special) const
+{
+    std::vector<std::string_view> tokens;
+    for (const std::int32_t id : ids) {
+        const auto index = static_cast<std::size_t>(id);
+        if (id >= 0 && index < data_->texts.size() && data_->texts[index] &&
+            (special == SpecialTokens::keep || !data_->special[index]))
+            tokens.push_back(*data_->texts[index]);
+    }
+    return data_->parts.decoder->decode(tokens);
+}
+
+std::optional<std::int32_t> Tokenizer::token_id(std::string_view token) const
+{
+    if (const auto added = data_->added_ids.find(token); added != data_->added_ids.end())
+        return added->second;
+    const auto& vocabulary = data_->parts.model->vocabulary();
+    if (const auto found = vocabulary.find(token); found != vocabulary.end())
+        return found->second;
+    return std::nullopt;
+}
+
+std::optional<std::string> Tokenizer::token_text(std::int32_t id) const
+{
+    const auto index = static_cast<std::size_t>(id);
+    return id >= 0 && index < data_->texts.size() ? data_->texts[index] : std::nullopt;
+}
+
+std::int64_t Tokenizer::vocabulary_size() const
+{
+    return static_cast<std::int64_t>(data_->texts.size());
+}
+
+bool Tokenizer::is_special(std::int32_t id) const
+{
+    const auto index = static_cast<std::size_t>(id);
+    return id >= 0 && index < data_->special.size() && data_->special[index];
+}
+
+} // namespace selm

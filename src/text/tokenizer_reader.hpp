@@ -1,0 +1,26 @@
+#pragma once
+
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "added_tokens.hpp"
+#include "bpe.hpp"
+#include "pre_tokenizer.hpp"
+#include "token_decoder.hpp"
+
+namespace selm::text {
+
+/// The components of a tokenizer.json.
+struct TokenizerParts {
+    std::vector<AddedToken> added_tokens;
+    std::unique_ptr<PreTokenizer> pre_tokenizer; ///< null where the file has none
+    std::unique_ptr<Bpe> model;
+    std::unique_ptr<TokenDecoder> decoder;
+};
+
+/// @throws Error configuration naming @p name and the entry that is missing, wrong or not supported.
+TokenizerParts read_tokenizer_json(std::string_view json, const std::string& name);
+
+} // namespace selm::text

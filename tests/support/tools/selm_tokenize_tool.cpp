@@ -1,0 +1,108 @@
+// Tokenizer, chat formats and encodings for reference tests: one JSON request a line on stdin, one JSON answer a line on
+// stdout. usage: selm_tokenize_tool MODEL_DIR
+//   {"op": "encode", "text": T, "special": true|false}   -> {"ids": [...]}      "hex" instead of "text": any bytes
+//   {"op": "decode", "ids": [...], "skip_special": B}     -> {"text": T}
+//   {"op": "render", "messages": [...], "header": B, "format": NAME (default: recognised)} -> {"text": T}
+//   {"op": "row", "messages": [...], "responses": [T|null, T|null, T|null], "max_length": N, "max_prompt_length": N}
+//                                                          -> {"prompt": [...], "responses": [[...]|null, ...]}
+//   {"op": "info"}                                         -> {"vocabulary_size": N, "format": NAME, "special": [ids]}
+//   {"op": "strip", "text": T}                             -> {"text": T}
+
+#include <iostream>
+
+#include <nlohmann/json.hpp>
+
+#include "selm/base/error.hpp"
+#include "selm/text/encoding.hpp"
+#include "selm/text/utf8.hpp"
+
+namespace {
+
+using Json = nlohmann::json;
+
+std::vector<selm::Message> read_messages(const Json& list)
+{
+    std::vector<selm::Message> messages;
+    for (const Json& entry : list) {
+        const std::string role = entry["role"];
+        messages.push_back({role == "system" ? selm::Role::system
+                                             : role == "user" ? selm::Role::user : selm::Role::assistant,
+                            entry["content"]});
+    }
+    return messages;
+}
+
+std::string text_of(const Json& request)
+{
+    if (!request.contains("hex"))
+        return request["text"];
+    const std::string hex = request["hex"];
+    std::string bytes;
+    for (std::size_t i = 0; i + 1 < hex.size(); i += 2)
+        bytes.push_back(static_cast<char>(std::stoi(hex.substr(i, 2), nullptr, 16)));
+    return bytes;
+}
+
+Json answer(const Json& request, const selm::Tokenizer& tokenizer, const std::string& directory)
+{
+    const auto format = [&] {
+        return request.contains("format") ? selm::ChatFormat::by_name(request["format"].get<std::string>())
+                                          : selm::ChatFormat::recognise(directory, tokenizer);
+    };
+    const std::string op = request["op"];
+    if (op == "encode")
+        return {{"ids", tokenizer.encode(text_of(request), request.value("special", true) ? selm::SpecialText::parse
+                                                                                          : selm::SpecialText::literal)}};
+    if (op == "decode")
+        return {{"text", tokenizer.decode(request["ids"].get<std::vector<std::int32_t>>(),
+                                          request.value("skip_special", true) ? selm::SpecialTokens::skip
+                                                                              : selm::SpecialTokens::keep)}};
+    if (op == "render")
+        return {{"text", format().render(read_messages(request["messages"]), request["header"])}};
+    if (op == "strip")
+        return {{"text", selm::strip_whitespace(text_of(request))}};
+    if (op == "row") {
+        std::array<std::string, selm::candidates_per_row> texts;
+        std::array<std::optional<std::string_view>, selm::candidates_per_row> responses;
+        for (std::size_t i = 0; i < texts.size(); ++i)
+            if (!request["responses"][i].is_null())
+                responses[i] = texts[i] = request["responses"][i];
+        const selm::EncodedRow row =
+            selm::encode_row_chat(tokenizer, format(), read_messages(request["messages"]), responses,
+                                  {request["max_length"], request["max_prompt_length"]});
+        Json encoded = Json::array();
+        for (const auto& response : row.responses)
+            encoded.push_back(response ? Json(*response) : Json());
+        return {{"prompt", row.prompt}, {"responses", encoded}};
+    }
+    if (op == "info") {
+        std::vector<std::int32_t> special;
+        for (std::int32_t id = 0; id < tokenizer.vocabulary_size(); ++id)
+            if (tokenizer.is_special(id))
+                special.push_back(id);
+        return {{"vocabulary_size", tokenizer.vocabulary_size()}, {"format", format().name()}, {"special", special}};
+    }
+    throw selm::usage_error("unknown op " + op);
+}
+
+} // namespace
+
+int main(int argc, char** argv)
+{
+    if (argc != 2) {
+        std::cerr << "usage: selm_tokenize_tool MODEL_DIR\n";
+        return 64;
+    }
+    try {
+        const selm::Tokenizer tokenizer = selm::Tokenizer::from_directory(argv[1]);
+        for (std::string line; std::getline(std::cin, line);)
+            std::cout << answer(Json::parse(line), tokenizer, argv[1]).dump() << "\n";
+    } catch (const selm::Error& error) {
+        std::cerr << error.what() << "\n";
+        return static_cast<int>(error.code());
+    } catch (const std::exception& error) {
+        std::cerr << error.what() << "\n";
+        return 70;
+    }
+    return 0;
+}
