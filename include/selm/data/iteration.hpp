@@ -3,7 +3,6 @@
 #include <array>
 #include <cstdint>
 #include <functional>
-#include <map>
 #include <optional>
 #include <string>
 #include <vector>
@@ -41,6 +40,7 @@ struct IterationAttributes {
     std::int64_t iteration = 1, portion = 1, portions = 1; ///< 1-based
     std::string policy;        ///< directory of the policy, as given ("" when none generated)
     std::string policy_digest;
+    h5::Attributes provenance; ///< stored on /provenance/generation: engine, dtype, device, ... (not read back)
 };
 
 /**

@@ -43,18 +43,20 @@ class WorkQueue {
 
     /// No further items are handed out to any rank (a stop request, a failure of this rank). Not collective.
     void stop();
-    /// True when somebody called stop(); certain on all ranks after drain().
+    /// True when this rank knows that somebody called stop(); rank 0 is certain after drain(), run_queue() tells all.
     bool stopped() const noexcept { return stopped_; }
 
     /**
      * @brief Ends the hand-out: every rank calls it once, also after an error. Ranks other than 0 leave when their last
-     * request is answered, rank 0 when all have; sleeps while waiting. Afterwards no message is left. Items that this rank was
-     * given but did not take are dropped (stop() only).
+     * request is answered, rank 0 when all have; sleeps while waiting. Afterwards no message is left. A rank that calls it
+     * before try_next() said finished has given up: that counts as stop().
      */
     void drain();
+    /// Sleeps until all ranks have drained. Collective.
+    void wait_for_all(std::string_view label);
 
     std::int64_t taken() const noexcept { return taken_; } ///< items that this rank got from try_next
-    double idle_s() const noexcept { return idle_s_; }     ///< time slept in next() and drain()
+    double idle_s() const noexcept { return idle_s_; }     ///< time spent waiting in next(), drain() and wait_for_all()
 
   private:
     void answer_requests();
@@ -81,7 +83,8 @@ std::int64_t initial_share(std::int64_t items, int ranks, std::int64_t slots);
 /**
  * @brief Runs @p body (the loop over queue.try_next()), then drains, then agrees: when body throws on one rank, hand-out
  * stops, the others finish what they have in hand, and every rank throws that error. Collective.
+ * @returns true on every rank when hand-out was stopped before the last item.
  */
-void run_queue(Communicator& comm, WorkQueue& queue, std::string_view label, const std::function<void(WorkQueue&)>& body);
+bool run_queue(Communicator& comm, WorkQueue& queue, std::string_view label, const std::function<void(WorkQueue&)>& body);
 
 } // namespace selm
