@@ -1,0 +1,188 @@
+#include "elementwise.hpp"
+
+#include <algorithm>
+#include <cstring>
+
+#include <Kokkos_Core.hpp>
+
+#include "elementwise_rows.hpp"
+#include "selm/base/error.hpp"
+
+namespace selm::elementwise {
+namespace {
+
+using HostSpace = Kokkos::DefaultHostExecutionSpace;
+
+template<typename Body>
+void for_rows(const char* label, std::int64_t rows, const Body& body)
+{
+    Kokkos::parallel_for(label, Kokkos::RangePolicy<HostSpace, Kokkos::IndexType<std::int64_t>>(0, rows), body);
+    HostSpace().fence();
+}
+
+/// For kernels that add several rows into one: every thread takes a block of columns and all rows in order, so the
+/// order of the additions does not depend on the number of threads. body(column_begin, column_count).
+template<typename Body>
+void for_column_blocks(const char* label, std::int64_t columns, const Body& body)
+{
+    const std::int64_t threads = std::max<std::int64_t>(1, HostSpace().concurrency());
+    const std::int64_t block = std::max<std::int64_t>(64, (columns + threads - 1) / threads);
+    for_rows(label, (columns + block - 1) / block, [=](std::int64_t i) {
+        const std::int64_t begin = i * block;
+        body(begin, std::min(block, columns - begin));
+    });
+}
+
+void add_row(const float* from, std::int64_t columns, float* to)
+{
+    for (std::int64_t c = 0; c < columns; ++c)
+        to[c] += from[c];
+}
+
+std::int64_t count_of(std::size_t size) { return static_cast<std::int64_t>(size); }
+
+} // namespace
+
+void fill_zero(const Tensor& x)
+{
+    for_rows("fill_zero", x.rows, [=](std::int64_t row) {
+        const std::size_t width = size_of(x.dtype);
+        std::memset(static_cast<char*>(x.data) + static_cast<std::size_t>(row * x.stride) * width, 0,
+                    static_cast<std::size_t>(x.columns) * width);
+    });
+}
+
+void embed(std::span<const std::int32_t> tokens, const Tensor& embedding_VH, const Tensor& x_TH)
+{
+    const std::int64_t columns = x_TH.columns;
+    SELM_EXPECT(x_TH.rows == count_of(tokens.size()) && embedding_VH.columns == columns);
+    for (const std::int32_t token : tokens)
+        SELM_EXPECT(token >= 0 && token < embedding_VH.rows);
+    for_rows("embed", x_TH.rows, [&](std::int64_t row) {
+        const std::int64_t token = tokens[static_cast<std::size_t>(row)];
+        float* to = x_TH.row_f32(row);
+        if (embedding_VH.dtype == DType::f32) {
+            std::memcpy(to, embedding_VH.row_f32(token), static_cast<std::size_t>(columns) * sizeof(float));
+            return;
+        }
+        const std::uint16_t* from = embedding_VH.bf16() + token * embedding_VH.stride;
+        for (std::int64_t c = 0; c < columns; ++c)
+            to[c] = from_bf16(from[c]);
+    });
+}
+
+void embed_backward(std::span<const std::int32_t> tokens, const Tensor& dx_TH, const Tensor& d_embedding_VH)
+{
+    SELM_EXPECT(dx_TH.rows == count_of(tokens.size()) && d_embedding_VH.columns == dx_TH.columns);
+    for (const std::int32_t token : tokens)
+        SELM_EXPECT(token >= 0 && token < d_embedding_VH.rows);
+    for_column_blocks("embed_backward", dx_TH.columns, [&](std::int64_t begin, std::int64_t count) {
+        for (std::int64_t row = 0; row < dx_TH.rows; ++row)
+            add_row(dx_TH.row_f32(row) + begin, count,
+                    d_embedding_VH.row_f32(tokens[static_cast<std::size_t>(row)]) + begin);
+    });
+}
+
+void rms_norm(const Tensor& x_TH, const Tensor& gain, float eps, const Tensor& y_TH, const Tensor& rstd)
+{
+    SELM_EXPECT(y_TH.rows == x_TH.rows && y_TH.columns == x_TH.columns && gain.columns == x_TH.columns);
+    SELM_EXPECT(rstd.empty() || rstd.columns == x_TH.rows);
+    float* const rstd_data = rstd.empty() ? nullptr : rstd.f32();
+    const float* const gain_data = gain.f32();
+    for_rows("rms_norm", x_TH.rows, [&](std::int64_t row) {
+        const float value = rms_norm_row(x_TH.row_f32(row), gain_data, eps, x_TH.columns, y_TH.row_f32(row));
+        if (rstd_data != nullptr)
+            rstd_data[row] = value;
+    });
+}
+
+void rms_norm_backward(const Tensor& x_TH, const Tensor& gain, const Tensor& rstd, const Tensor& dy_TH,
+                       const Tensor& dx_TH, const Tensor& dgain)
+{
+    const std::int64_t rows = x_TH.rows, columns = x_TH.columns;
+    SELM_EXPECT(dy_TH.rows == rows && dy_TH.columns == columns && dx_TH.rows == rows && dx_TH.columns == columns);
+    SELM_EXPECT(gain.columns == columns && dgain.columns == columns && (rows == 0 || rstd.columns == rows));
+    if (rows == 0)
+        return;
+    const float* const rstd_data = rstd.f32();
+    const float* const gain_data = gain.f32();
+    float* const dgain_data = dgain.f32();
+    for_column_blocks("rms_norm_backward_gain", columns, [&](std::int64_t begin, std::int64_t count) {
+        for (std::int64_t row = 0; row < rows; ++row) {
+            const float* x = x_TH.row_f32(row) + begin;
+            const float* dy = dy_TH.row_f32(row) + begin;
+            float* to = dgain_data + begin;
+            const float scale = rstd_data[row];
+            for (std::int64_t c = 0; c < count; ++c)
+                to[c] += dy[c] * x[c] * scale;
+        }
+    });
+    for_rows("rms_norm_backward", rows, [&](std::int64_t row) {
+        rms_norm_backward_row(x_TH.row_f32(row), gain_data, rstd_data[row], dy_TH.row_f32(row), columns,
+                              dx_TH.row_f32(row));
+    });
+}
+
+void rope(const Tensor& qkv, const AttentionShape& shape, std::span<const std::int32_t> positions, const Tensor& cos,
+          const Tensor& sin, bool backward)
+{
+    const std::int64_t half = shape.head_dim / 2, heads = shape.heads + shape.kv_heads;
+    SELM_EXPECT(shape.head_dim % 2 == 0 && qkv.columns == (shape.heads + 2 * shape.kv_heads) * shape.head_dim);
+    SELM_EXPECT(qkv.rows == count_of(positions.size()) && cos.columns == half && sin.columns == half);
+    for (const std::int32_t position : positions)
+        SELM_EXPECT(position >= 0 && position < cos.rows && position < sin.rows);
+    const float sign = backward ? -1.0f : 1.0f;
+    for_rows("rope", qkv.rows, [&](std::int64_t row) {
+        const std::int64_t position = positions[static_cast<std::size_t>(row)];
+        for (std::int64_t head = 0; head < heads; ++head)
+            rope_head(qkv.row_f32(row) + head * shape.head_dim, cos.row_f32(position), sin.row_f32(position), sign, half);
+    });
+}
+
+void swiglu(const Tensor& gate_up, const Tensor& a_TI)
+{
+    const std::int64_t columns = a_TI.columns;
+    SELM_EXPECT(gate_up.rows == a_TI.rows && gate_up.columns == 2 * columns);
+    for_rows("swiglu", a_TI.rows, [&](std::int64_t row) {
+        const float* gate = gate_up.row_f32(row);
+        swiglu_row(gate, gate + columns, columns, a_TI.row_f32(row));
+    });
+}
+
+void swiglu_backward(const Tensor& gate_up, const Tensor& da_TI, const Tensor& a_TI)
+{
+    const std::int64_t columns = a_TI.columns;
+    SELM_EXPECT(gate_up.rows == a_TI.rows && gate_up.columns == 2 * columns);
+    SELM_EXPECT(da_TI.rows == a_TI.rows && da_TI.columns == columns);
+    for_rows("swiglu_backward", a_TI.rows, [&](std::int64_t row) {
+        float* gate = gate_up.row_f32(row);
+        swiglu_backward_row(gate, gate + columns, da_TI.row_f32(row), columns, a_TI.row_f32(row));
+    });
+}
+
+void gather_rows(const Tensor& x, std::span<const std::int64_t> index, const Tensor& out)
+{
+    SELM_EXPECT(out.rows == count_of(index.size()) && out.columns == x.columns && out.dtype == x.dtype);
+    for (const std::int64_t i : index)
+        SELM_EXPECT(i >= 0 && i < x.rows);
+    const std::size_t width = size_of(x.dtype);
+    for_rows("gather_rows", out.rows, [&](std::int64_t row) {
+        const std::int64_t from = index[static_cast<std::size_t>(row)];
+        std::memcpy(static_cast<char*>(out.data) + static_cast<std::size_t>(row * out.stride) * width,
+                    static_cast<const char*>(x.data) + static_cast<std::size_t>(from * x.stride) * width,
+                    static_cast<std::size_t>(x.columns) * width);
+    });
+}
+
+void scatter_add_rows(const Tensor& d, std::span<const std::int64_t> index, const Tensor& x)
+{
+    SELM_EXPECT(d.rows == count_of(index.size()) && d.columns == x.columns);
+    for (const std::int64_t i : index)
+        SELM_EXPECT(i >= 0 && i < x.rows);
+    for_column_blocks("scatter_add_rows", d.columns, [&](std::int64_t begin, std::int64_t count) {
+        for (std::int64_t row = 0; row < d.rows; ++row)
+            add_row(d.row_f32(row) + begin, count, x.row_f32(index[static_cast<std::size_t>(row)]) + begin);
+    });
+}
+
+} // namespace selm::elementwise

@@ -1,0 +1,73 @@
+#pragma once
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <span>
+
+#include "selm/kernels/engine.hpp"
+
+// Elementwise and row kernels in Kokkos, with one body for every execution space; the functions declared here run on the
+// host's default execution space. A row's reduction order is fixed, so its bits do not depend on the other rows.
+// Shapes as in engine.hpp; all tensors are f32 unless said.
+namespace selm::elementwise {
+
+/// Floats summed side by side by the row reductions: a whole number of vectors of any instruction set.
+inline constexpr int lanes = 16;
+
+/// Round to nearest even; a NaN stays a NaN (made quiet).
+inline std::uint16_t to_bf16(float value)
+{
+    const auto bits = std::bit_cast<std::uint32_t>(value);
+    const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const std::uint32_t quiet = (bits >> 16) | 0x40u;
+    return static_cast<std::uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
+}
+
+inline float from_bf16(std::uint16_t value) { return std::bit_cast<float>(static_cast<std::uint32_t>(value) << 16); }
+
+/**
+ * @brief exp(x) with a relative error below 2e-7 for |x| <= 87; 0 below -87.3, infinity above 88.7; NaN stays NaN.
+ *
+ * Written without branches or calls, so that loops over it become vector code. Cody-Waite reduction to
+ * [-ln2/2, ln2/2] and the minimax polynomial of Cephes' expf.
+ */
+inline float fast_exp(float x)
+{
+    constexpr float log2_e = 1.44269504088896341f, ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
+    constexpr float round_magic = 12582912.0f; // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
+    const float clamped = x < -87.3f ? -87.3f : (x > 88.7f ? 88.7f : x);
+    const float shifted = clamped * log2_e + round_magic;
+    const float n = shifted - round_magic;
+    const float r = (clamped - n * ln2_high) - n * ln2_low;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    // 2^n in two factors, because n = 128 has no finite float of its own. n is read from the bits of `shifted`.
+    const std::uint32_t k = std::bit_cast<std::uint32_t>(shifted) - std::bit_cast<std::uint32_t>(round_magic) + 256;
+    const std::uint32_t half = k >> 1; // n/2 + 128, rounded down
+    const float first = std::bit_cast<float>((half - 1) << 23);
+    const float second = std::bit_cast<float>((k - half - 1) << 23);
+    const float y = p * first * second;
+    return x < -87.3f ? 0.0f : (x > 88.7f ? std::numeric_limits<float>::infinity() : y);
+}
+
+void fill_zero(const Tensor& x);
+void embed(std::span<const std::int32_t> tokens, const Tensor& embedding_VH, const Tensor& x_TH);
+void embed_backward(std::span<const std::int32_t> tokens, const Tensor& dx_TH, const Tensor& d_embedding_VH);
+void rms_norm(const Tensor& x_TH, const Tensor& gain, float eps, const Tensor& y_TH, const Tensor& rstd);
+void rms_norm_backward(const Tensor& x_TH, const Tensor& gain, const Tensor& rstd, const Tensor& dy_TH,
+                       const Tensor& dx_TH, const Tensor& dgain);
+void rope(const Tensor& qkv, const AttentionShape& shape, std::span<const std::int32_t> positions, const Tensor& cos,
+          const Tensor& sin, bool backward);
+void swiglu(const Tensor& gate_up, const Tensor& a_TI);
+void swiglu_backward(const Tensor& gate_up, const Tensor& da_TI, const Tensor& a_TI);
+void gather_rows(const Tensor& x, std::span<const std::int64_t> index, const Tensor& out);
+void scatter_add_rows(const Tensor& d, std::span<const std::int64_t> index, const Tensor& x);
+
+} // namespace selm::elementwise

@@ -1,0 +1,22 @@
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+#include "selm/kernels/engine.hpp"
+
+namespace selm::xsmm {
+
+/// Side of a tile of attention scores, and keys per transposed block.
+inline constexpr std::int32_t tile = 64;
+static_assert(prefill_tile == tile);
+
+inline std::int64_t blocks_of(std::int64_t positions) { return (positions + tile - 1) / tile; }
+
+/// to [head_dim][64] = up to 64 rows of keys, transposed; columns of missing keys are 0.
+void transpose_key_block(const float* keys, std::int64_t stride, std::int64_t count, std::int64_t head_dim, float* to);
+
+/// Contract of Segment (engine.hpp).
+void check_segments(std::span<const Segment> segments, std::int64_t tokens);
+
+} // namespace selm::xsmm

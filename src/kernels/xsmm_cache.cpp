@@ -1,0 +1,216 @@
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <limits>
+
+#include <sys/mman.h>
+
+#include "selm/base/error.hpp"
+#include "simd.hpp"
+#include "xsmm_attention.hpp"
+#include "xsmm_engine.hpp"
+
+namespace selm::xsmm {
+namespace {
+
+std::int32_t narrow(std::int64_t value)
+{
+    SELM_EXPECT(value >= 0 && value <= INT32_MAX);
+    return static_cast<std::int32_t>(value);
+}
+
+/**
+ * Per layer, slot and key/value head: keys as transposed blocks [capacity/64][D][64], then values [capacity][D].
+ * The memory is address space until it is written: the kernel supplies pages one by one.
+ */
+class XsmmKvCache final : public KvCache {
+  public:
+    XsmmKvCache(std::int64_t layers, std::int64_t slots, std::int64_t capacity, const AttentionShape& shape)
+        : layers_(layers), slots_(slots), capacity_(capacity), kv_heads_(shape.kv_heads), head_dim_(shape.head_dim),
+          head_elements_(2 * blocks_of(capacity) * tile * shape.head_dim)
+    {
+        SELM_EXPECT(layers >= 1 && slots >= 1 && capacity >= 1 && kv_heads_ >= 1 && head_dim_ >= 1);
+        bytes_ = static_cast<std::size_t>(layers * slots * kv_heads_ * head_elements_) * sizeof(float) + 4096;
+        void* memory = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        SELM_VALIDATE(memory != MAP_FAILED, ExitCode::io,
+                      "the address space of the key/value cache could not be reserved ("
+                          << bytes_ << " bytes for " << slots << " slots of " << capacity
+                          << " tokens: " << std::strerror(errno) << "). Use fewer slots or a shorter maximum length");
+        data_ = static_cast<float*>(memory);
+    }
+    ~XsmmKvCache() override { munmap(data_, bytes_); }
+    XsmmKvCache(const XsmmKvCache&) = delete;
+    XsmmKvCache& operator=(const XsmmKvCache&) = delete;
+
+    std::int64_t slots() const override { return slots_; }
+    std::int64_t capacity() const override { return capacity_; }
+
+    /// Blocks of 64 transposed keys of one head.
+    float* keys(std::int64_t layer, std::int64_t slot, std::int64_t kv_head) const
+    {
+        return data_ + ((layer * slots_ + slot) * kv_heads_ + kv_head) * head_elements_;
+    }
+    float* values(std::int64_t layer, std::int64_t slot, std::int64_t kv_head) const
+    {
+        return keys(layer, slot, kv_head) + head_elements_ / 2;
+    }
+
+    bool fits(const AttentionShape& shape, std::int64_t layer) const
+    {
+        return shape.kv_heads == kv_heads_ && shape.head_dim == head_dim_ && layer >= 0 && layer < layers_;
+    }
+
+  private:
+    std::int64_t layers_, slots_, capacity_, kv_heads_, head_dim_, head_elements_;
+    std::size_t bytes_ = 0;
+    float* data_ = nullptr;
+};
+
+/// Query heads that share one key/value head, at most.
+constexpr std::int64_t max_group = 64;
+
+/// Stores keys and values of the span's tokens.
+void write_span(const Tensor& qkv, const AttentionShape& shape, const XsmmKvCache& cache, std::int64_t layer,
+                const CachedSpan& span)
+{
+    const std::int64_t dim = shape.head_dim;
+    for (std::int64_t kv = 0; kv < shape.kv_heads; ++kv) {
+        float* const keys = cache.keys(layer, span.slot, kv);
+        float* const values = cache.values(layer, span.slot, kv);
+        for (std::int64_t i = 0; i < span.count; ++i) {
+            const std::int64_t position = span.position_begin + i;
+            const float* const key = qkv.row_f32(span.row_begin + i) + (shape.heads + kv) * dim;
+            const float* const value = key + shape.kv_heads * dim;
+            float* const to = keys + position / tile * tile * dim + position % tile;
+            for (std::int64_t d = 0; d < dim; ++d)
+                to[d * tile] = key[d];
+            std::copy(value, value + dim, values + position * dim);
+        }
+    }
+}
+
+/// Softmax of one row of scaled scores, in place, without the division. @return the sum of the exponentials.
+float soften_decode_row(float* scores, std::int64_t keys, float scale)
+{
+    const std::int64_t padded = (keys + 7) / 8 * 8;
+    for (std::int64_t i = keys; i < padded; ++i)
+        scores[i] = -std::numeric_limits<float>::infinity();
+    simd::Float8 largest = simd::broadcast(-std::numeric_limits<float>::infinity());
+    for (std::int64_t i = 0; i < padded; i += 8)
+        largest = simd::max(largest, simd::load(scores + i) * scale);
+    const float max = simd::max_lanes(largest);
+    simd::Float8 sum = simd::broadcast(0.0f);
+    for (std::int64_t i = 0; i < padded; i += 8) {
+        const simd::Float8 p = simd::exp_nonpositive(simd::load(scores + i) * scale - max);
+        simd::store(scores + i, p);
+        sum += p;
+    }
+    return simd::sum_lanes(sum);
+}
+
+} // namespace
+
+std::unique_ptr<KvCache> XsmmEngine::make_cache(std::int64_t layers, std::int64_t slots, std::int64_t capacity,
+                                                const AttentionShape& shape)
+{
+    return std::make_unique<XsmmKvCache>(layers, slots, capacity, shape);
+}
+
+void XsmmEngine::decode_row(const float* qkv_row, const AttentionShape& shape, const KvCache& any_cache,
+                            std::int64_t layer, std::int64_t slot, std::int64_t position, float* out_row)
+{
+    const auto& cache = static_cast<const XsmmKvCache&>(any_cache);
+    const std::int64_t dim = shape.head_dim, group = shape.heads / shape.kv_heads, keys = position + 1;
+    const std::int64_t stride = blocks_of(cache.capacity()) * tile;
+    float* const scores = decode_scores_.get(group * stride);
+    // The heads of a group are neighbours in the row: rows of one small matrix, which share every load of K and V.
+    const GemmKernel score_kernel = kernels_.find({.m = tile,
+                                                   .n = narrow(group),
+                                                   .k = narrow(dim),
+                                                   .lda = tile,
+                                                   .ldb = narrow(dim),
+                                                   .ldc = narrow(stride),
+                                                   .accumulate = false});
+    for (std::int64_t kv = 0; kv < shape.kv_heads; ++kv) {
+        const float* const key_blocks = cache.keys(layer, slot, kv);
+        const float* const values = cache.values(layer, slot, kv);
+        const float* const queries = qkv_row + kv * group * dim;
+        float* const out = out_row + kv * group * dim;
+        for (std::int64_t begin = 0; begin < keys; begin += tile)
+            score_kernel(key_blocks + begin * dim, queries, scores + begin);
+        float sums[max_group];
+        for (std::int64_t head = 0; head < group; ++head)
+            sums[head] = soften_decode_row(scores + head * stride, keys, shape.scale);
+        for (std::int64_t begin = 0; begin < keys; begin += tile)
+            kernels_.find({.m = narrow(dim),
+                           .n = narrow(group),
+                           .k = narrow(std::min<std::int64_t>(tile, keys - begin)),
+                           .lda = narrow(dim),
+                           .ldb = narrow(stride),
+                           .ldc = narrow(dim),
+                           .accumulate = begin > 0})(values + begin * dim, scores + begin, out);
+        for (std::int64_t head = 0; head < group; ++head)
+            for (std::int64_t d = 0; d < dim; ++d)
+                out[head * dim + d] /= sums[head];
+    }
+}
+
+void XsmmEngine::prefill_span(const Tensor& qkv, const AttentionShape& shape, const KvCache& any_cache,
+                              std::int64_t layer, const CachedSpan& span, const Tensor& out)
+{
+    const auto& cache = static_cast<const XsmmKvCache&>(any_cache);
+    const std::int64_t dim = shape.head_dim, group = shape.heads / shape.kv_heads;
+    const std::int64_t positions = span.position_begin + span.count;
+    SELM_EXPECT(span.position_begin % prefill_tile == 0);
+    for (std::int64_t kv = 0; kv < shape.kv_heads; ++kv) {
+        const float* const key_blocks = cache.keys(layer, span.slot, kv);
+        const float* const values = cache.values(layer, span.slot, kv);
+        key_tiles_.clear();
+        for (std::int64_t begin = 0; begin < positions; begin += tile) {
+            key_tiles_.push_back({.keys_transposed = key_blocks + begin * dim,
+                                  .values = values + begin * dim,
+                                  .keys = narrow(std::min<std::int64_t>(tile, positions - begin)),
+                                  .is_diagonal = begin >= span.position_begin});
+            if (begin < span.position_begin)
+                continue;
+            const std::int64_t row = span.row_begin + begin - span.position_begin;
+            for (std::int64_t head = kv * group; head < (kv + 1) * group; ++head)
+                attend({.queries = qkv.row_f32(row) + head * dim,
+                        .out = out.row_f32(row) + head * dim,
+                        .lse = nullptr,
+                        .rows = key_tiles_.back().keys,
+                        .head_dim = narrow(dim),
+                        .query_stride = narrow(qkv.stride),
+                        .value_stride = narrow(dim),
+                        .out_stride = narrow(out.stride),
+                        .scale = shape.scale},
+                       key_tiles_);
+            key_tiles_.back().is_diagonal = false;
+        }
+    }
+}
+
+void XsmmEngine::attention_cached(const Tensor& qkv, const AttentionShape& shape, KvCache& cache, std::int64_t layer,
+                                  std::span<const CachedSpan> spans, const Tensor& out)
+{
+    const auto* own_cache = dynamic_cast<const XsmmKvCache*>(&cache);
+    SELM_EXPECT(own_cache != nullptr && own_cache->fits(shape, layer));
+    SELM_EXPECT(shape.heads % shape.kv_heads == 0 && shape.heads / shape.kv_heads <= max_group);
+    SELM_EXPECT(qkv.columns == (shape.heads + 2 * shape.kv_heads) * shape.head_dim);
+    SELM_EXPECT(out.rows == qkv.rows && out.columns == shape.heads * shape.head_dim);
+    for (const CachedSpan& span : spans) {
+        SELM_EXPECT(span.slot >= 0 && span.slot < cache.slots() && span.count >= 1 && span.position_begin >= 0);
+        SELM_EXPECT(span.position_begin + span.count <= cache.capacity());
+        SELM_EXPECT(span.row_begin >= 0 && span.row_begin + span.count <= qkv.rows);
+        write_span(qkv, shape, *own_cache, layer, span);
+        if (span.prefill) {
+            prefill_span(qkv, shape, cache, layer, span, out);
+            continue;
+        }
+        for (std::int64_t i = 0; i < span.count; ++i)
+            decode_row(qkv.row_f32(span.row_begin + i), shape, cache, layer, span.slot, span.position_begin + i,
+                       out.row_f32(span.row_begin + i));
+    }
+}
+
+} // namespace selm::xsmm

@@ -1,0 +1,102 @@
+#include "xsmm_engine.hpp"
+
+#include <cstring>
+
+#include <libxsmm_version.h>
+
+#include "elementwise.hpp"
+#include "engines.hpp"
+#include "selm/base/error.hpp"
+
+namespace selm {
+
+std::unique_ptr<Engine> make_xsmm_engine(const EngineOptions&) { return std::make_unique<xsmm::XsmmEngine>(); }
+
+namespace xsmm {
+
+std::string XsmmEngine::description() const
+{
+    std::string text = cat("xsmm (LIBXSMM ", LIBXSMM_CONFIG_VERSION, ", ", kernels_.target(), ", f32, panels of ",
+                           kernels_.panel_width());
+    if (kernels_.plain_loops() > 0)
+        text += cat(", plain loops for ", kernels_.plain_loops(), " shapes");
+    return text + ")";
+}
+
+Tensor XsmmEngine::allocate(std::int64_t rows, std::int64_t columns, DType dtype)
+{
+    SELM_EXPECT(rows >= 0 && columns >= 0);
+    Tensor out;
+    out.storage = memory_.allocate(static_cast<std::size_t>(rows * columns) * size_of(dtype));
+    out.data = out.storage.get();
+    out.rows = rows;
+    out.columns = columns;
+    out.stride = columns;
+    out.dtype = dtype;
+    return out;
+}
+
+void XsmmEngine::copy_from_host(const void* host, const Tensor& to)
+{
+    const std::size_t width = size_of(to.dtype), row_bytes = static_cast<std::size_t>(to.columns) * width;
+    for (std::int64_t row = 0; row < to.rows; ++row)
+        std::memcpy(static_cast<char*>(to.data) + static_cast<std::size_t>(row * to.stride) * width,
+                    static_cast<const char*>(host) + static_cast<std::size_t>(row) * row_bytes, row_bytes);
+}
+
+void XsmmEngine::copy_to_host(const Tensor& from, void* host)
+{
+    const std::size_t width = size_of(from.dtype), row_bytes = static_cast<std::size_t>(from.columns) * width;
+    for (std::int64_t row = 0; row < from.rows; ++row)
+        std::memcpy(static_cast<char*>(host) + static_cast<std::size_t>(row) * row_bytes,
+                    static_cast<const char*>(from.data) + static_cast<std::size_t>(row * from.stride) * width, row_bytes);
+}
+
+void XsmmEngine::fill_zero(const Tensor& x) { elementwise::fill_zero(x); }
+
+void XsmmEngine::embed(std::span<const std::int32_t> tokens, const Tensor& embedding_VH, const Tensor& x_TH)
+{
+    elementwise::embed(tokens, embedding_VH, x_TH);
+}
+
+void XsmmEngine::embed_backward(std::span<const std::int32_t> tokens, const Tensor& dx_TH, const Tensor& d_embedding_VH)
+{
+    elementwise::embed_backward(tokens, dx_TH, d_embedding_VH);
+}
+
+void XsmmEngine::rms_norm(const Tensor& x_TH, const Tensor& gain, float eps, const Tensor& y_TH, const Tensor& rstd)
+{
+    elementwise::rms_norm(x_TH, gain, eps, y_TH, rstd);
+}
+
+void XsmmEngine::rms_norm_backward(const Tensor& x_TH, const Tensor& gain, const Tensor& rstd, const Tensor& dy_TH,
+                                   const Tensor& dx_TH, const Tensor& dgain)
+{
+    elementwise::rms_norm_backward(x_TH, gain, rstd, dy_TH, dx_TH, dgain);
+}
+
+void XsmmEngine::rope(const Tensor& qkv, const AttentionShape& shape, std::span<const std::int32_t> positions,
+                      const Tensor& cos, const Tensor& sin, bool backward)
+{
+    elementwise::rope(qkv, shape, positions, cos, sin, backward);
+}
+
+void XsmmEngine::swiglu(const Tensor& gate_up, const Tensor& a_TI) { elementwise::swiglu(gate_up, a_TI); }
+
+void XsmmEngine::swiglu_backward(const Tensor& gate_up, const Tensor& da_TI, const Tensor& a_TI)
+{
+    elementwise::swiglu_backward(gate_up, da_TI, a_TI);
+}
+
+void XsmmEngine::gather_rows(const Tensor& x, std::span<const std::int64_t> index, const Tensor& out)
+{
+    elementwise::gather_rows(x, index, out);
+}
+
+void XsmmEngine::scatter_add_rows(const Tensor& d, std::span<const std::int64_t> index, const Tensor& x)
+{
+    elementwise::scatter_add_rows(d, index, x);
+}
+
+} // namespace xsmm
+} // namespace selm

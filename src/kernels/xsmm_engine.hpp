@@ -1,0 +1,146 @@
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "selm/kernels/engine.hpp"
+#include "xsmm_gemm.hpp"
+#include "xsmm_memory.hpp"
+
+namespace selm::xsmm {
+
+/**
+ * @brief Engine for x86 CPUs: LIBXSMM kernels on weights packed in panels, f32 throughout, one thread.
+ *
+ * Panels: forward [ceil(N/nb)][K][nb] with outputs innermost, backward [ceil(K/nb)][N][nb] with inputs innermost; nb is
+ * the kernels' panel width and the last panel is padded with zeros. bf16 weights are expanded to f32 when packed.
+ */
+class XsmmEngine final : public Engine {
+  public:
+    XsmmEngine() = default;
+
+    std::string name() const override { return "xsmm"; }
+    std::string description() const override;
+    Device device() const override { return Device::cpu; }
+    DType activation_dtype() const override { return DType::f32; }
+    bool row_invariant() const override { return kernels_.is_row_invariant(); }
+
+    Tensor allocate(std::int64_t rows, std::int64_t columns, DType dtype) override;
+    std::int64_t allocated_bytes() const override { return memory_.allocated_bytes(); }
+    std::int64_t peak_allocated_bytes() const override { return memory_.peak_allocated_bytes(); }
+    void fill_zero(const Tensor& x) override;
+    void copy_from_host(const void* host, const Tensor& to) override;
+    void copy_to_host(const Tensor& from, void* host) override;
+
+    std::int64_t packed_elements(std::int64_t outputs, std::int64_t inputs, bool with_backward) const override;
+    PackedWeight pack(const Tensor& weight, bool with_backward, const Tensor& storage, bool already_packed) override;
+    void linear(const Tensor& x_TK, const PackedWeight& w, const Tensor& y_TN) override;
+    void linear_add(const Tensor& x_TK, const PackedWeight& w, const Tensor& y_TN) override;
+    void linear_backward_input(const Tensor& dy_TN, const PackedWeight& w, const Tensor& dx_TK) override;
+    void linear_backward_weight(const Tensor& dy_TN, const Tensor& x_TK, const Tensor& dw_NK) override;
+
+    void embed(std::span<const std::int32_t> tokens, const Tensor& embedding_VH, const Tensor& x_TH) override;
+    void embed_backward(std::span<const std::int32_t> tokens, const Tensor& dx_TH, const Tensor& d_embedding_VH) override;
+    void rms_norm(const Tensor& x_TH, const Tensor& gain, float eps, const Tensor& y_TH, const Tensor& rstd) override;
+    void rms_norm_backward(const Tensor& x_TH, const Tensor& gain, const Tensor& rstd, const Tensor& dy_TH,
+                           const Tensor& dx_TH, const Tensor& dgain) override;
+    void rope(const Tensor& qkv, const AttentionShape& shape, std::span<const std::int32_t> positions, const Tensor& cos,
+              const Tensor& sin, bool backward) override;
+    void swiglu(const Tensor& gate_up, const Tensor& a_TI) override;
+    void swiglu_backward(const Tensor& gate_up, const Tensor& da_TI, const Tensor& a_TI) override;
+    void gather_rows(const Tensor& x, std::span<const std::int64_t> index, const Tensor& out) override;
+    void scatter_add_rows(const Tensor& d, std::span<const std::int64_t> index, const Tensor& x) override;
+
+    void attention(const Tensor& qkv, const AttentionShape& shape, std::span<const Segment> segments, const Tensor& out,
+                   const Tensor& lse) override;
+    void attention_backward(const Tensor& qkv, const AttentionShape& shape, std::span<const Segment> segments,
+                            const Tensor& out, const Tensor& lse, const Tensor& dout, const Tensor& dqkv) override;
+    std::unique_ptr<KvCache> make_cache(std::int64_t layers, std::int64_t slots, std::int64_t capacity,
+                                        const AttentionShape& shape) override;
+    void attention_cached(const Tensor& qkv, const AttentionShape& shape, KvCache& cache, std::int64_t layer,
+                          std::span<const CachedSpan> spans, const Tensor& out) override;
+
+    void logits(const Tensor& h_RH, const PackedWeight& head, const Tensor& logits_RV) override;
+    void head_log_probs(const Tensor& h_RH, const PackedWeight& head, std::span<const std::int32_t> targets,
+                        std::span<float> log_probs, std::span<float> lse) override;
+    void head_log_probs_backward(const Tensor& h_RH, const PackedWeight& head, std::span<const std::int32_t> targets,
+                                 std::span<const float> lse, std::span<const float> g, const Tensor& dh_RH,
+                                 const Tensor& dw_VH) override;
+
+  private:
+    /// y[rows, outputs] = or += x[rows, inputs] times panels.
+    struct PanelProduct {
+        const float* x = nullptr;
+        std::int64_t x_stride = 0, rows = 0, inputs = 0, outputs = 0;
+        const float* panels = nullptr;
+        float* y = nullptr;
+        std::int64_t y_stride = 0;
+        bool accumulate = false;
+    };
+    void multiply(const PanelProduct& product);
+    void multiply_linear(const Tensor& x_TK, const PackedWeight& w, const Tensor& y_TN, bool accumulate);
+
+    /// dw[n][k] += sum over t of dy_transposed[n][t] * x[t][k], x given in column panels [ceil(K/nb)][rows][nb].
+    struct WeightGradient {
+        const float* dy_transposed = nullptr;
+        std::int64_t dy_stride = 0, rows = 0, outputs = 0, inputs = 0;
+        const float* x_panels = nullptr;
+        float* dw = nullptr;
+        std::int64_t dw_stride = 0;
+    };
+    void add_weight_gradient(const WeightGradient& gradient);
+    /// panels [ceil(columns/width)][rows][width] of a row-major matrix; the padding of the last panel is cleared.
+    static void copy_to_column_panels(const float* from, std::int64_t from_stride, std::int64_t rows, std::int64_t columns,
+                                      std::int64_t width, float* panels);
+
+    /// Query rows of one head against a list of key tiles.
+    struct KeyTile {
+        const float* keys_transposed = nullptr; ///< [D][64]
+        const float* values = nullptr;          ///< rows of D
+        std::int32_t keys = 0;                  ///< valid ones, at most 64
+        bool is_diagonal = false;               ///< query i sees keys 0..i only
+    };
+    struct QueryTile {
+        const float* queries = nullptr;
+        float* out = nullptr;
+        float* lse = nullptr; ///< may be null
+        std::int32_t rows = 0, head_dim = 0, query_stride = 0, value_stride = 0, out_stride = 0;
+        float scale = 0;
+    };
+    void attend(const QueryTile& queries, std::span<const KeyTile> tiles);
+    struct BackwardTile;
+    struct BackwardKeys {
+        const float* key_rows = nullptr;
+        const float* value_rows = nullptr;
+        float* d_key_rows = nullptr;
+        float* d_value_rows = nullptr;
+        std::int32_t keys = 0;
+        bool is_diagonal = false; ///< query i sees keys 0..i only
+    };
+    /// Adds one tile's part to the gradients of its queries, keys and values.
+    void attend_backward(const BackwardTile& queries, const BackwardKeys& keys);
+    /// One token against the cached positions up to its own.
+    void decode_row(const float* qkv_row, const AttentionShape& shape, const KvCache& any_cache, std::int64_t layer,
+                    std::int64_t slot, std::int64_t position, float* out_row);
+    /// The span's tokens, tile by tile, against the cached positions up to their own.
+    void prefill_span(const Tensor& qkv, const AttentionShape& shape, const KvCache& any_cache, std::int64_t layer,
+                      const CachedSpan& span, const Tensor& out);
+
+    /// Logits of some rows for some vocabulary columns; the tile's row stride is that of a whole tile.
+    void multiply_head_tile(const Tensor& h_RH, const PackedWeight& head, std::int64_t row, std::int64_t rows,
+                            std::int64_t column, std::int64_t columns, float* tile);
+    /// dh = (first slice of the vocabulary) or += d_logits times the weights of the slice.
+    void add_head_input_gradient(const PackedWeight& head, const float* d_logits, std::int64_t column,
+                                 std::int64_t columns, const Tensor& dh_RH);
+
+    GemmKernels kernels_;
+    MemoryPool memory_;
+    Scratch x_panels_, dy_transposed_, score_tile_, output_tile_, keys_transposed_, backward_tiles_, decode_scores_,
+        logit_tile_, logit_gradient_;
+    std::vector<KeyTile> key_tiles_;
+};
+
+} // namespace selm::xsmm

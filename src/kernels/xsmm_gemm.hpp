@@ -1,0 +1,76 @@
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace selm::xsmm {
+
+/**
+ * @brief A small matrix product as LIBXSMM sees it (column-major): C(m x n) = or += A(m x k) B(k x n).
+ *
+ * Read row-major: n rows of C, each of m columns (row stride ldc), are the n rows of B (k long, row stride ldb) times the
+ * k rows of A (m long, row stride lda).
+ */
+struct GemmShape {
+    std::int32_t m = 0, n = 0, k = 0;
+    std::int32_t lda = 0, ldb = 0, ldc = 0;
+    bool accumulate = false;
+
+    bool operator==(const GemmShape&) const = default;
+};
+
+/// Compiled by LIBXSMM for its shape, or a plain loop where LIBXSMM has no code for it.
+class GemmKernel {
+  public:
+    using Compiled = void (*)(const float* a, const float* b, float* c, ...);
+
+    GemmKernel() = default;
+    GemmKernel(Compiled compiled, const GemmShape& shape) : compiled_(compiled), shape_(shape) {}
+
+    void operator()(const float* a, const float* b, float* c) const
+    {
+        if (compiled_ != nullptr) [[likely]]
+            compiled_(a, b, c);
+        else
+            run_plain_loop(a, b, c);
+    }
+
+    const GemmShape& shape() const { return shape_; }
+    bool is_compiled() const { return compiled_ != nullptr; }
+    /// Every output element is one chain of fused multiply-adds in order of k, as in the compiled kernels.
+    void run_plain_loop(const float* a, const float* b, float* c) const;
+
+  private:
+    Compiled compiled_ = nullptr;
+    GemmShape shape_;
+};
+
+/// Finds or compiles kernels; a lookup takes some ten nanoseconds.
+class GemmKernels {
+  public:
+    GemmKernels();
+    GemmKernel find(const GemmShape& shape);
+
+    /// Width of the panels that weights are packed in: two vectors of the widest kind, times two.
+    std::int32_t panel_width() const { return panel_width_; }
+    /// LIBXSMM's name of the instruction set in use, for example "hsw" (AVX2) or "cpx" (AVX-512 with bf16).
+    const std::string& target() const { return target_; }
+    /// Shapes for which a plain loop runs instead of compiled code.
+    std::int64_t plain_loops() const { return plain_loops_; }
+    /// Measured once at construction: are the bits of a row of C independent of how many rows the call has?
+    bool is_row_invariant() const { return is_row_invariant_; }
+
+  private:
+    bool measure_row_invariance();
+    void grow();
+
+    std::vector<GemmKernel> table_; ///< open addressing; a free place has m = 0
+    std::size_t used_ = 0;
+    std::int32_t panel_width_ = 32;
+    std::string target_;
+    std::int64_t plain_loops_ = 0;
+    bool is_row_invariant_ = false;
+};
+
+} // namespace selm::xsmm

@@ -1,0 +1,183 @@
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "selm/base/error.hpp"
+#include "simd.hpp"
+#include "xsmm_engine.hpp"
+
+// Log-probs of the output head without a matrix of logits [R, V]: tiles of rows by a slice of the vocabulary, an online
+// log-sum-exp in the forward pass, recomputed tiles in the backward pass.
+namespace selm::xsmm {
+namespace {
+
+using simd::Float8;
+
+/// Rows that share one sweep over the vocabulary's panels, and columns of a logit tile (a multiple of every panel width).
+constexpr std::int64_t rows_per_sweep = 256, columns_per_tile = 256, rows_per_call = 64;
+
+struct RowState {
+    float max = -std::numeric_limits<float>::infinity();
+    double sum = 0;   ///< of exp(logit - max)
+    float target = 0; ///< the target's logit
+};
+
+/// Extends the row's log-sum-exp by `count` logits; the tile's row is readable and writable up to a multiple of 8.
+void add_logits(float* logits, std::int64_t count, RowState& state)
+{
+    const std::int64_t padded = (count + 7) / 8 * 8;
+    std::fill(logits + count, logits + padded, -std::numeric_limits<float>::infinity());
+    Float8 largest = simd::load(logits);
+    for (std::int64_t i = 8; i < padded; i += 8)
+        largest = simd::max(largest, simd::load(logits + i));
+    const float new_max = std::max(state.max, simd::max_lanes(largest));
+    Float8 sum = simd::broadcast(0.0f);
+    for (std::int64_t i = 0; i < padded; i += 8)
+        sum += simd::exp_nonpositive(simd::load(logits + i) - new_max);
+    if (new_max != state.max)
+        state.sum *= std::exp(static_cast<double>(state.max) - static_cast<double>(new_max));
+    state.sum += static_cast<double>(simd::sum_lanes(sum));
+    state.max = new_max;
+}
+
+/**
+ * A tile of logits (columns from `column` on) becomes d(loss)/d(logits) = g * (onehot(target) - p). The target's entry is
+ * computed as -g * expm1(log p), which is exact to rounding even where p is close to 1.
+ */
+void differentiate_tile(float* tile, std::int64_t column, std::int64_t columns, std::span<const std::int32_t> targets,
+                        std::span<const float> lse, std::span<const float> g)
+{
+    const std::int64_t padded = (columns + 7) / 8 * 8;
+    for (std::size_t row = 0; row < targets.size(); ++row) {
+        float* const logits = tile + static_cast<std::int64_t>(row) * columns_per_tile;
+        std::fill(logits + columns, logits + padded, -std::numeric_limits<float>::infinity());
+        const std::int64_t target = targets[row] - column;
+        const bool has_target = target >= 0 && target < columns;
+        const float target_log_prob = has_target ? logits[target] - lse[row] : 0.0f;
+        for (std::int64_t i = 0; i < padded; i += 8)
+            simd::store(logits + i, simd::exp_nonpositive(simd::load(logits + i) - lse[row]) * -g[row]);
+        if (has_target)
+            logits[target] = -g[row] * std::expm1(target_log_prob);
+    }
+}
+
+void check_targets(std::span<const std::int32_t> targets, std::int64_t vocabulary)
+{
+    for (const std::int32_t target : targets)
+        SELM_EXPECT(target >= 0 && target < vocabulary);
+}
+
+} // namespace
+
+void XsmmEngine::logits(const Tensor& h_RH, const PackedWeight& head, const Tensor& logits_RV)
+{
+    multiply_linear(h_RH, head, logits_RV, false);
+}
+
+void XsmmEngine::multiply_head_tile(const Tensor& h_RH, const PackedWeight& head, std::int64_t row, std::int64_t rows,
+                                    std::int64_t column, std::int64_t columns, float* tile)
+{
+    multiply({.x = h_RH.row_f32(row),
+              .x_stride = h_RH.stride,
+              .rows = rows,
+              .inputs = head.inputs,
+              .outputs = columns,
+              .panels = head.forward.f32() + column * head.inputs,
+              .y = tile,
+              .y_stride = columns_per_tile,
+              .accumulate = false});
+}
+
+void XsmmEngine::head_log_probs(const Tensor& h_RH, const PackedWeight& head, std::span<const std::int32_t> targets,
+                                std::span<float> log_probs, std::span<float> lse)
+{
+    const std::int64_t rows = h_RH.rows, vocabulary = head.outputs;
+    SELM_EXPECT(h_RH.columns == head.inputs && static_cast<std::int64_t>(targets.size()) == rows);
+    SELM_EXPECT(log_probs.size() == targets.size() && lse.size() == targets.size());
+    check_targets(targets, vocabulary);
+    float* const tile = logit_tile_.get(rows_per_sweep * columns_per_tile);
+    std::vector<RowState> states(static_cast<std::size_t>(std::min(rows, rows_per_sweep)));
+    for (std::int64_t sweep = 0; sweep < rows; sweep += rows_per_sweep) {
+        const std::int64_t count = std::min(rows_per_sweep, rows - sweep);
+        std::fill(states.begin(), states.end(), RowState{});
+        for (std::int64_t column = 0; column < vocabulary; column += columns_per_tile) {
+            const std::int64_t columns = std::min(columns_per_tile, vocabulary - column);
+            multiply_head_tile(h_RH, head, sweep, count, column, columns, tile);
+            for (std::int64_t row = 0; row < count; ++row) {
+                RowState& state = states[static_cast<std::size_t>(row)];
+                const std::int64_t target = targets[static_cast<std::size_t>(sweep + row)] - column;
+                if (target >= 0 && target < columns)
+                    state.target = tile[row * columns_per_tile + target];
+                add_logits(tile + row * columns_per_tile, columns, state);
+            }
+        }
+        for (std::int64_t row = 0; row < count; ++row) {
+            const RowState& state = states[static_cast<std::size_t>(row)];
+            const double log_sum = static_cast<double>(state.max) + std::log(state.sum);
+            lse[static_cast<std::size_t>(sweep + row)] = static_cast<float>(log_sum);
+            log_probs[static_cast<std::size_t>(sweep + row)] =
+                static_cast<float>(static_cast<double>(state.target) - log_sum);
+        }
+    }
+}
+
+void XsmmEngine::head_log_probs_backward(const Tensor& h_RH, const PackedWeight& head,
+                                         std::span<const std::int32_t> targets, std::span<const float> lse,
+                                         std::span<const float> g, const Tensor& dh_RH, const Tensor& dw_VH)
+{
+    const std::int64_t rows = h_RH.rows, vocabulary = head.outputs, inputs = head.inputs, width = kernels_.panel_width();
+    SELM_EXPECT(!head.backward.empty()); // packed without backward
+    SELM_EXPECT(h_RH.columns == inputs && dh_RH.rows == rows && dh_RH.columns == inputs);
+    SELM_EXPECT(dw_VH.rows == vocabulary && dw_VH.columns == inputs);
+    SELM_EXPECT(static_cast<std::int64_t>(targets.size()) == rows && lse.size() == targets.size());
+    SELM_EXPECT(g.size() == targets.size());
+    check_targets(targets, vocabulary);
+    float* const tile = logit_tile_.get(rows_per_sweep * columns_per_tile);
+    float* const tile_transposed = logit_gradient_.get(rows_per_sweep * columns_per_tile);
+    for (std::int64_t sweep = 0; sweep < rows; sweep += rows_per_sweep) {
+        const std::int64_t count = std::min(rows_per_sweep, rows - sweep);
+        const auto row_span = [&](auto values) {
+            return values.subspan(static_cast<std::size_t>(sweep), static_cast<std::size_t>(count));
+        };
+        float* const h_panels = x_panels_.get((inputs + width - 1) / width * width * count);
+        copy_to_column_panels(h_RH.row_f32(sweep), h_RH.stride, count, inputs, width, h_panels);
+        for (std::int64_t column = 0; column < vocabulary; column += columns_per_tile) {
+            const std::int64_t columns = std::min(columns_per_tile, vocabulary - column);
+            multiply_head_tile(h_RH, head, sweep, count, column, columns, tile);
+            differentiate_tile(tile, column, columns, row_span(targets), row_span(lse), row_span(g));
+            add_head_input_gradient(head, tile, column, columns, dh_RH.slice_rows(sweep, count));
+            simd::transpose(tile, columns_per_tile, count, columns, tile_transposed, count);
+            add_weight_gradient({.dy_transposed = tile_transposed,
+                                 .dy_stride = count,
+                                 .rows = count,
+                                 .outputs = columns,
+                                 .inputs = inputs,
+                                 .x_panels = h_panels,
+                                 .dw = dw_VH.row_f32(column),
+                                 .dw_stride = dw_VH.stride});
+        }
+    }
+}
+
+void XsmmEngine::add_head_input_gradient(const PackedWeight& head, const float* d_logits, std::int64_t column,
+                                         std::int64_t columns, const Tensor& dh_RH)
+{
+    const std::int64_t width = kernels_.panel_width();
+    for (std::int64_t input = 0; input < head.inputs; input += width) {
+        GemmShape shape{.m = static_cast<std::int32_t>(std::min(width, head.inputs - input)),
+                        .n = 0,
+                        .k = static_cast<std::int32_t>(columns),
+                        .lda = static_cast<std::int32_t>(width),
+                        .ldb = columns_per_tile,
+                        .ldc = static_cast<std::int32_t>(dh_RH.stride),
+                        .accumulate = column > 0};
+        const float* const panel = head.backward.f32() + input * head.outputs + column * width;
+        for (std::int64_t row = 0; row < dh_RH.rows; row += rows_per_call) {
+            shape.n = static_cast<std::int32_t>(std::min(rows_per_call, dh_RH.rows - row));
+            kernels_.find(shape)(panel, d_logits + row * columns_per_tile, dh_RH.row_f32(row) + input);
+        }
+    }
+}
+
+} // namespace selm::xsmm

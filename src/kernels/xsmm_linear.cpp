@@ -1,0 +1,212 @@
+#include <algorithm>
+
+#include "elementwise.hpp"
+#include "selm/base/error.hpp"
+#include "simd.hpp"
+#include "xsmm_engine.hpp"
+
+namespace selm::xsmm {
+namespace {
+
+/// Rows of x per kernel call, and per sweep over the panels (a panel then serves several calls from the L2 cache).
+constexpr std::int64_t rows_per_call = 64, rows_per_sweep = 256;
+/// Inputs per kernel call: a slice of a panel of this depth stays in the L2 cache. Part of the order of summation.
+constexpr std::int64_t depth_per_call = 1024;
+/// Tokens and outputs per block of a weight gradient.
+constexpr std::int64_t tokens_per_block = 256, outputs_per_block = 256;
+
+std::int32_t narrow(std::int64_t value)
+{
+    SELM_EXPECT(value >= 0 && value <= INT32_MAX);
+    return static_cast<std::int32_t>(value);
+}
+
+std::int64_t panels_of(std::int64_t columns, std::int64_t width) { return (columns + width - 1) / width; }
+
+/// Row `row` of a weight as floats: the row itself, or bf16 expanded into `expanded`.
+const float* weight_row(const Tensor& weight, std::int64_t row, float* expanded)
+{
+    if (weight.dtype == DType::f32)
+        return weight.row_f32(row);
+    const std::uint16_t* from = weight.bf16() + row * weight.stride;
+    for (std::int64_t k = 0; k < weight.columns; ++k)
+        expanded[k] = elementwise::from_bf16(from[k]);
+    return expanded;
+}
+
+} // namespace
+
+std::int64_t XsmmEngine::packed_elements(std::int64_t outputs, std::int64_t inputs, bool with_backward) const
+{
+    const std::int64_t width = kernels_.panel_width();
+    const std::int64_t forward = panels_of(outputs, width) * inputs * width;
+    return forward + (with_backward ? panels_of(inputs, width) * outputs * width : 0);
+}
+
+PackedWeight XsmmEngine::pack(const Tensor& weight, bool with_backward, const Tensor& storage, bool already_packed)
+{
+    const std::int64_t width = kernels_.panel_width(), outputs = weight.rows, inputs = weight.columns;
+    const std::int64_t elements = packed_elements(outputs, inputs, with_backward);
+    const std::int64_t forward_elements = packed_elements(outputs, inputs, false);
+    const Tensor all = storage.empty() ? allocate(1, elements, DType::f32) : storage;
+    SELM_EXPECT(all.rows == 1 && all.columns >= elements && !(already_packed && storage.empty()));
+    PackedWeight out;
+    out.outputs = outputs;
+    out.inputs = inputs;
+    out.forward = all.slice_columns(0, forward_elements);
+    if (with_backward)
+        out.backward = all.slice_columns(forward_elements, elements - forward_elements);
+    if (already_packed)
+        return out;
+
+    // A panel's rows of the weight, expanded to f32, then turned around (forward) or copied slice by slice (backward).
+    float* const rows = x_panels_.get(width * inputs);
+    for (std::int64_t begin = 0; begin < outputs; begin += width) {
+        const std::int64_t count = std::min(width, outputs - begin);
+        float* const panel = out.forward.f32() + begin * inputs;
+        if (count < width)
+            std::fill(panel, panel + inputs * width, 0.0f);
+        for (std::int64_t row = 0; row < count; ++row) {
+            const float* from = weight_row(weight, begin + row, rows + row * inputs);
+            if (from != rows + row * inputs)
+                std::copy(from, from + inputs, rows + row * inputs);
+        }
+        simd::transpose(rows, inputs, count, inputs, panel, width);
+        for (std::int64_t column = 0; with_backward && column < inputs; column += width) {
+            const std::int64_t columns = std::min(width, inputs - column);
+            for (std::int64_t row = 0; row < count; ++row) {
+                float* to = out.backward.f32() + (column / width * outputs + begin + row) * width;
+                std::copy(rows + row * inputs + column, rows + row * inputs + column + columns, to);
+                std::fill(to + columns, to + width, 0.0f);
+            }
+        }
+    }
+    return out;
+}
+
+void XsmmEngine::multiply(const PanelProduct& p)
+{
+    const std::int64_t width = kernels_.panel_width();
+    for (std::int64_t sweep = 0; sweep < p.rows; sweep += rows_per_sweep) {
+        const std::int64_t sweep_end = std::min(p.rows, sweep + rows_per_sweep);
+        for (std::int64_t output = 0; output < p.outputs; output += width) {
+            for (std::int64_t input = 0; input < p.inputs; input += depth_per_call) {
+                const float* panel = p.panels + output * p.inputs + input * width;
+                GemmShape shape{.m = narrow(std::min(width, p.outputs - output)),
+                                .n = 0,
+                                .k = narrow(std::min(depth_per_call, p.inputs - input)),
+                                .lda = narrow(width),
+                                .ldb = narrow(p.x_stride),
+                                .ldc = narrow(p.y_stride),
+                                .accumulate = p.accumulate || input > 0};
+                GemmKernel kernel;
+                for (std::int64_t row = sweep; row < sweep_end; row += rows_per_call) {
+                    const std::int32_t rows = narrow(std::min(rows_per_call, sweep_end - row));
+                    if (rows != shape.n) {
+                        shape.n = rows;
+                        kernel = kernels_.find(shape);
+                    }
+                    kernel(panel, p.x + row * p.x_stride + input, p.y + row * p.y_stride + output);
+                }
+            }
+        }
+    }
+}
+
+void XsmmEngine::multiply_linear(const Tensor& x_TK, const PackedWeight& w, const Tensor& y_TN, bool accumulate)
+{
+    SELM_EXPECT(x_TK.rows == y_TN.rows && x_TK.columns == w.inputs && y_TN.columns == w.outputs);
+    SELM_EXPECT(x_TK.stride >= x_TK.columns && y_TN.stride >= y_TN.columns);
+    multiply({.x = x_TK.f32(),
+              .x_stride = x_TK.stride,
+              .rows = x_TK.rows,
+              .inputs = w.inputs,
+              .outputs = w.outputs,
+              .panels = w.forward.f32(),
+              .y = y_TN.f32(),
+              .y_stride = y_TN.stride,
+              .accumulate = accumulate});
+}
+
+void XsmmEngine::linear(const Tensor& x_TK, const PackedWeight& w, const Tensor& y_TN)
+{
+    multiply_linear(x_TK, w, y_TN, false);
+}
+
+void XsmmEngine::linear_add(const Tensor& x_TK, const PackedWeight& w, const Tensor& y_TN)
+{
+    multiply_linear(x_TK, w, y_TN, true);
+}
+
+void XsmmEngine::linear_backward_input(const Tensor& dy_TN, const PackedWeight& w, const Tensor& dx_TK)
+{
+    SELM_EXPECT(!w.backward.empty()); // packed without backward
+    SELM_EXPECT(dy_TN.rows == dx_TK.rows && dy_TN.columns == w.outputs && dx_TK.columns == w.inputs);
+    multiply({.x = dy_TN.f32(),
+              .x_stride = dy_TN.stride,
+              .rows = dy_TN.rows,
+              .inputs = w.outputs,
+              .outputs = w.inputs,
+              .panels = w.backward.f32(),
+              .y = dx_TK.f32(),
+              .y_stride = dx_TK.stride,
+              .accumulate = false});
+}
+
+void XsmmEngine::add_weight_gradient(const WeightGradient& g)
+{
+    const std::int64_t width = kernels_.panel_width();
+    for (std::int64_t block = 0; block < g.outputs; block += outputs_per_block) {
+        const std::int64_t block_end = std::min(g.outputs, block + outputs_per_block);
+        for (std::int64_t input = 0; input < g.inputs; input += width) {
+            for (std::int64_t output = block; output < block_end; output += rows_per_call) {
+                const GemmKernel kernel = kernels_.find({.m = narrow(std::min(width, g.inputs - input)),
+                                                         .n = narrow(std::min(rows_per_call, block_end - output)),
+                                                         .k = narrow(g.rows),
+                                                         .lda = narrow(width),
+                                                         .ldb = narrow(g.dy_stride),
+                                                         .ldc = narrow(g.dw_stride),
+                                                         .accumulate = true});
+                kernel(g.x_panels + input * g.rows, g.dy_transposed + output * g.dy_stride,
+                       g.dw + output * g.dw_stride + input);
+            }
+        }
+    }
+}
+
+void XsmmEngine::copy_to_column_panels(const float* from, std::int64_t from_stride, std::int64_t rows,
+                                       std::int64_t columns, std::int64_t width, float* panels)
+{
+    for (std::int64_t begin = 0; begin < columns; begin += width) {
+        const std::int64_t count = std::min(width, columns - begin);
+        for (std::int64_t row = 0; row < rows; ++row) {
+            const float* source = from + row * from_stride + begin;
+            float* to = panels + (begin / width * rows + row) * width;
+            std::copy(source, source + count, to);
+            std::fill(to + count, to + width, 0.0f);
+        }
+    }
+}
+
+void XsmmEngine::linear_backward_weight(const Tensor& dy_TN, const Tensor& x_TK, const Tensor& dw_NK)
+{
+    const std::int64_t width = kernels_.panel_width(), outputs = dw_NK.rows, inputs = dw_NK.columns;
+    SELM_EXPECT(dy_TN.rows == x_TK.rows && dy_TN.columns == outputs && x_TK.columns == inputs);
+    for (std::int64_t token = 0; token < x_TK.rows; token += tokens_per_block) {
+        const std::int64_t tokens = std::min(tokens_per_block, x_TK.rows - token);
+        float* const x_panels = x_panels_.get(panels_of(inputs, width) * width * tokens);
+        float* const dy_transposed = dy_transposed_.get(outputs * tokens);
+        copy_to_column_panels(x_TK.row_f32(token), x_TK.stride, tokens, inputs, width, x_panels);
+        simd::transpose(dy_TN.row_f32(token), dy_TN.stride, tokens, outputs, dy_transposed, tokens);
+        add_weight_gradient({.dy_transposed = dy_transposed,
+                             .dy_stride = tokens,
+                             .rows = tokens,
+                             .outputs = outputs,
+                             .inputs = inputs,
+                             .x_panels = x_panels,
+                             .dw = dw_NK.f32(),
+                             .dw_stride = dw_NK.stride});
+    }
+}
+
+} // namespace selm::xsmm
