@@ -1,0 +1,245 @@
+#include "program.hpp"
+
+#include <chrono>
+#include <cstdlib>
+#include <exception>
+#include <optional>
+#include <vector>
+
+#include <Kokkos_Core.hpp>
+
+#include "known_keys.hpp"
+#include "option_table.hpp"
+#include "selm/base/files.hpp"
+#include "selm/base/hash.hpp"
+#include "selm/base/log.hpp"
+#include "selm/base/provenance.hpp"
+#include "selm/base/stop.hpp"
+#include "selm/comm/agree.hpp"
+#include "selm/comm/session.hpp"
+
+namespace selm::apps {
+
+namespace {
+
+/// The rank that a launcher gave this process, before MPI is up: help texts appear once and need no MPI.
+bool is_first_process()
+{
+    for (const char* name : {"OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID"})
+        if (const char* const value = std::getenv(name))
+            return std::string(value) == "0";
+    return true;
+}
+
+std::string short_usage(const ProgramSpec& spec)
+{
+    return cat(spec.name, ": ", spec.purpose, "\nusage: ", spec.name, " ", spec.example, "\n       ", spec.name,
+               " --help lists all options\n");
+}
+
+/// Output that needs neither options' values nor MPI; nullopt when there is work to do.
+std::optional<int> answer_without_work(const ProgramSpec& spec, const OptionTable& table, const std::vector<std::string>& arguments,
+                                       const OptionTable::Request& request)
+{
+    const bool speak = is_first_process();
+    if (arguments.empty()) {
+        if (speak)
+            std::cerr << short_usage(spec);
+        return static_cast<int>(ExitCode::usage);
+    }
+    if (request.help) {
+        if (speak)
+            std::cout << table.help(spec.name, spec.purpose);
+        return 0;
+    }
+    if (request.version) {
+        if (speak)
+            std::cout << software_version() << "\n" << build_description() << "\n";
+        return 0;
+    }
+    return std::nullopt;
+}
+
+/// A phase's validate() speaks of "--name"; when a file set that name, the file is to blame, with its exit code.
+Error blame_config(const Error& error, const OptionTable& table)
+{
+    const std::string message = error.what();
+    const std::size_t begin = message.find("--");
+    if (error.code() != ExitCode::usage || begin == std::string::npos)
+        return error;
+    const std::size_t end = std::min(message.find_first_of(" =:,.'\"", begin), message.size());
+    const std::string place = table.config_place(message.substr(begin + 2, end - begin - 2));
+    return place.empty() ? error : config_error(place + ": " + message);
+}
+
+void set_values(const ProgramSpec& spec, OptionTable& table, const OptionTable::Request& request, Communicator& world)
+{
+    if (!request.config.empty()) {
+        const std::string text = root_string(world, "configuration file", [&]() -> std::string {
+            try {
+                return read_file(request.config);
+            } catch (const Error& error) {
+                throw config_error(error.what());
+            }
+        });
+        table.read_config(text, request.config, all_known_keys());
+    }
+    table.apply();
+    if (!spec.validate || request.print_config)
+        return;
+    try {
+        spec.validate();
+    } catch (const Error& error) {
+        throw blame_config(error, table);
+    }
+}
+
+/// Kokkos reads no command line here: 3.x would take --threads and --device for its own.
+class KokkosSession {
+  public:
+    explicit KokkosSession(std::int64_t threads)
+    {
+#if KOKKOS_VERSION >= 30700
+        Kokkos::initialize(Kokkos::InitializationSettings().set_num_threads(static_cast<int>(threads)));
+#else
+        Kokkos::InitArguments arguments;
+        arguments.num_threads = static_cast<int>(threads);
+        Kokkos::initialize(arguments);
+#endif
+    }
+    ~KokkosSession() { Kokkos::finalize(); }
+    KokkosSession(const KokkosSession&) = delete;
+    KokkosSession& operator=(const KokkosSession&) = delete;
+};
+
+class ThreadsFinder final : public OptionVisitor {
+  public:
+    std::int64_t threads = 1;
+    void option(const char*, const char*, std::string&, const char*, OptionRole) override {}
+    void option(const char* section, const char* name, std::int64_t& value, const char*, OptionRole) override
+    {
+        if (std::string(section) == "run" && std::string(name) == "threads")
+            threads = value;
+    }
+    void option(const char*, const char*, double&, const char*, OptionRole) override {}
+    void option(const char*, const char*, bool&, const char*, OptionRole) override {}
+    void option(const char*, const char*, std::vector<double>&, const char*, OptionRole) override {}
+    void option(const char*, const char*, std::vector<std::string>&, const char*, OptionRole) override {}
+};
+
+std::int64_t thread_count(const ProgramSpec& spec)
+{
+    ThreadsFinder finder;
+    spec.describe(finder);
+    return finder.threads;
+}
+
+ExitCode run_body(const ProgramSpec& spec, OptionTable& table, const OptionTable::Request& request, Communicator& world,
+                  const std::function<ExitCode(ProgramContext&)>& body)
+{
+    set_values(spec, table, request, world);
+    if (request.print_config) {
+        if (world.is_root())
+            std::cout << table.config_text() << std::flush;
+        return ExitCode::done;
+    }
+    for (const std::string& warning : table.warnings())
+        log_root(LogLevel::warning, warning);
+    const KokkosSession kokkos(thread_count(spec));
+    const std::string recipe = table.recipe_text();
+    ProgramContext context{world, table.config_text(), recipe, hash_hex(recipe)};
+    const ExitCode code = body(context);
+    std::cout << std::flush;
+    agree(world, "output", [] {
+        SELM_VALIDATE(std::cout.good(), ExitCode::io, "writing to standard output failed (disk full or closed pipe?)");
+    });
+    return code;
+}
+
+std::string error_line(const ProgramSpec& spec, const Error& error)
+{
+    return cat(spec.name, ": error: ", error.what(), " [exit code ", static_cast<int>(error.code()), "]\n");
+}
+
+double exit_grace_s()
+{
+    const char* const text = std::getenv("SELM_EXIT_GRACE_S");
+    const double seconds = text != nullptr ? std::atof(text) : 0;
+    return seconds > 0 ? seconds : 60;
+}
+
+/// All ranks meet; the lowest with an Error tells it. Returns the code all of them exit with.
+int leave_together(const ProgramSpec& spec, const MpiSession& session, ExitCode code, const std::optional<Error>& error)
+{
+    Communicator& world = session.world();
+    const auto start = std::chrono::steady_clock::now();
+    world.sleeping_barrier("end of the program", [&] {
+        const std::chrono::duration<double> waited = std::chrono::steady_clock::now() - start;
+        if (error && waited.count() > exit_grace_s()) {
+            std::cerr << "[rank " << world.rank() << "/" << world.size() << "] " << error_line(spec, *error)
+                      << "[rank " << world.rank() << "/" << world.size()
+                      << "] the other ranks did not come to this end: aborting them\n"
+                      << std::flush;
+            session.abort(static_cast<int>(error->code()));
+        }
+    });
+    const std::int64_t speaker = all_reduce_value(world, static_cast<std::int64_t>(error ? world.rank() : world.size()),
+                                                  ReduceOp::min, "end of the program");
+    if (speaker == world.rank())
+        std::cerr << error_line(spec, *error) << std::flush;
+    const auto own = static_cast<std::int64_t>(error ? error->code() : code);
+    if (speaker == world.size())
+        return static_cast<int>(all_reduce_value(world, own, ReduceOp::max, "end of the program"));
+    auto codes = all_gather_value(world, own, "end of the program");
+    return static_cast<int>(codes[static_cast<std::size_t>(speaker)]);
+}
+
+int run_with_mpi(int argc, char** argv, const ProgramSpec& spec, OptionTable& table, const OptionTable::Request& request,
+                 const std::function<ExitCode(ProgramContext&)>& body)
+{
+    const MpiSession session(argc, argv);
+    Communicator& world = session.world();
+    try {
+        ExitCode code = ExitCode::done;
+        std::optional<Error> failure;
+        try {
+            code = run_body(spec, table, request, world, body);
+        } catch (const Error& error) {
+            failure = error;
+        }
+        return leave_together(spec, session, code, failure);
+    } catch (const std::bad_alloc&) {
+        std::cerr << "[rank " << world.rank() << "/" << world.size() << "] " << spec.name
+                  << ": error: out of memory. Use fewer ranks on a node, fewer slots or smaller microbatches [exit code 70]\n"
+                  << std::flush;
+    } catch (const std::exception& error) {
+        std::cerr << "[rank " << world.rank() << "/" << world.size() << "] " << spec.name << ": unexpected error: " << error.what()
+                  << " [exit code 70]\n"
+                  << std::flush;
+    }
+    session.abort(static_cast<int>(ExitCode::internal));
+}
+
+} // namespace
+
+int run_program(int argc, char** argv, const ProgramSpec& spec, const std::function<ExitCode(ProgramContext&)>& body)
+{
+    install_stop_handlers();
+    try {
+        OptionTable table(spec.describe);
+        const std::vector<std::string> arguments(argv + 1, argv + argc);
+        const OptionTable::Request request = table.read_command_line(arguments, spec.positional);
+        if (const auto code = answer_without_work(spec, table, arguments, request))
+            return *code;
+        return run_with_mpi(argc, argv, spec, table, request, body);
+    } catch (const Error& error) {
+        if (is_first_process())
+            std::cerr << error_line(spec, error);
+        return static_cast<int>(error.code());
+    } catch (const std::exception& error) {
+        std::cerr << spec.name << ": unexpected error: " << error.what() << "\n";
+        return static_cast<int>(ExitCode::internal);
+    }
+}
+
+} // namespace selm::apps

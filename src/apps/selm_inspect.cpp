@@ -1,0 +1,19 @@
+#include "program.hpp"
+#include "selm/phases/inspect.hpp"
+
+int main(int argc, char** argv)
+{
+    using namespace selm;
+    InspectOptions options;
+    const apps::ProgramSpec spec{
+        .name = "selm_inspect",
+        .purpose = "show, check or digest a file that SELM wrote",
+        .example = "FILE.h5 [--row I] [--verify] [--digest]",
+        .describe = [&](OptionVisitor& visitor) { options.describe(visitor); },
+        .validate = [&] { options.validate(); },
+        .positional = "file"};
+    return apps::run_program(argc, argv, spec, [&](apps::ProgramContext& context) {
+        run_inspect(options, context.world, std::cout);
+        return ExitCode::done;
+    });
+}
