@@ -17,6 +17,7 @@ ConfigText config_text(const std::function<void(OptionVisitor&)>& describe);
 
 /// Of an options struct with describe(); works on a copy.
 template<typename Options>
+    requires requires(Options options, OptionVisitor& visitor) { options.describe(visitor); }
 ConfigText config_text(Options options)
 {
     return config_text(std::function<void(OptionVisitor&)>([&](OptionVisitor& visitor) { options.describe(visitor); }));
