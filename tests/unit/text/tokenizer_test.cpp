@@ -1,0 +1,195 @@
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <thread>
+
+#include "selm/base/error.hpp"
+#include "selm/base/files.hpp"
+#include "selm/text/tokenizer.hpp"
+#include "temporary_directory.hpp"
+
+namespace selm {
+namespace {
+
+using Ids = std::vector<std::int32_t>;
+
+/// Ids: 0-2 <|endoftext|> <|im_start|> <|im_end|>; 3-258 the bytes; 259-273 the merges he ll hell hello Ġw or Ġwor Ġworl
+/// Ġworld lo ĠĠ ĠĠĠĠ in Ġt Ġthe (in order of their rank); 274 <note>, which takes the whitespace behind it along.
+const std::string tiny_directory = std::string(SELM_SOURCE_DIR) + "/tests/data/tiny_tokenizer";
+
+Tokenizer tiny()
+{
+    return Tokenizer::from_directory(tiny_directory);
+}
+
+std::int32_t byte_id(unsigned char byte)
+{
+    return 3 + byte;
+}
+
+/// The tiny tokenizer's file with the first @p from replaced.
+std::string tiny_json_with(const std::string& from, const std::string& to)
+{
+    std::string json = read_file(tiny_directory + "/tokenizer.json");
+    const std::size_t at = json.find(from);
+    if (at == std::string::npos)
+        throw std::logic_error("the tiny tokenizer does not contain " + from);
+    return json.replace(at, from.size(), to);
+}
+
+std::string refusal(const std::string& json)
+{
+    try {
+        Tokenizer::from_json(json, "some/tokenizer.json");
+    } catch (const Error& error) {
+        EXPECT_EQ(error.code(), ExitCode::configuration);
+        return error.what();
+    }
+    return "";
+}
+
+TEST(Tokenizer, MergesByRankAndSplitsDigits)
+{
+    EXPECT_EQ(tiny().encode("hello world 12"), (Ids{262, 267, byte_id(' '), byte_id('1'), byte_id('2')}));
+    EXPECT_EQ(tiny().encode(""), Ids{});
+}
+
+TEST(Tokenizer, SpacesBelongToTheNextWordButTheLastOne)
+{
+    // "the", " hell", " ", " in", "    ", " x": rank decides inside a word, never across
+    EXPECT_EQ(tiny().encode("the hell  in     x"), (Ids{byte_id('t'), 259, byte_id(' '), 261, byte_id(' '), byte_id(' '), 271,
+                                                        270, byte_id(' '), byte_id('x')}));
+}
+
+TEST(Tokenizer, TextOfSpecialTokensIsParsedOrLiteral)
+{
+    const Tokenizer tokenizer = tiny();
+    EXPECT_EQ(tokenizer.encode("<|im_end|>hello<|im_end|>"), (Ids{2, 262, 2}));
+    const Ids literal = tokenizer.encode("hello<|im_end|>", SpecialText::literal);
+    EXPECT_EQ(literal.front(), 262);
+    EXPECT_EQ(literal.size(), 1u + std::string("<|im_end|>").size());
+    EXPECT_EQ(tokenizer.decode(literal), "hello<|im_end|>");
+}
+
+TEST(Tokenizer, AddedTokenTakesWhitespaceAlongWhereItSaysSo)
+{
+    EXPECT_EQ(tiny().encode("<note>  hello"), (Ids{274, 262}));
+    EXPECT_EQ(tiny().encode("<note>  hello", SpecialText::literal), (Ids{274, 262})); // it is not a special token
+}
+
+TEST(Tokenizer, DecodeSkipsSpecialTokensAndUnknownIds)
+{
+    const Tokenizer tokenizer = tiny();
+    EXPECT_EQ(tokenizer.decode(Ids{1, 262, 267, 2, -1, 99999, 274}), "hello world<note>");
+    EXPECT_EQ(tokenizer.decode(Ids{1, 262, 2}, SpecialTokens::keep), "<|im_start|>hello<|im_end|>");
+}
+
+TEST(Tokenizer, BytesThatFormNoCharacterAreReplaced)
+{
+    const Tokenizer tokenizer = tiny();
+    const Ids ids = tokenizer.encode("\u4e2d");
+    ASSERT_EQ(ids, (Ids{byte_id(0xE4), byte_id(0xB8), byte_id(0xAD)}));
+    EXPECT_EQ(tokenizer.decode(ids), "\u4e2d");
+    EXPECT_EQ(tokenizer.decode(std::span(ids).first(2)), "\uFFFD");
+    EXPECT_EQ(tokenizer.encode("a\xE4\xB8"), tokenizer.encode("a\uFFFD"));
+}
+
+TEST(Tokenizer, EveryByteGoesThereAndBack)
+{
+    const Tokenizer tokenizer = tiny();
+    std::string text;
+    for (int c = 0; c < 128; ++c)
+        text.push_back(static_cast<char>(c));
+    text += "\u00a0\u00ad\u0100\u0143\u20ac\U0001F600";
+    EXPECT_EQ(tokenizer.decode(tokenizer.encode(text)), text);
+}
+
+TEST(Tokenizer, VocabularyCanBeAsked)
+{
+    const Tokenizer tokenizer = tiny();
+    EXPECT_EQ(tokenizer.vocabulary_size(), 275);
+    EXPECT_EQ(tokenizer.token_id("<|im_end|>"), 2);
+    EXPECT_EQ(tokenizer.token_id("\u0120world"), 267);
+    EXPECT_EQ(tokenizer.token_id(" world"), std::nullopt);
+    EXPECT_EQ(tokenizer.token_text(267), "\u0120world");
+    EXPECT_EQ(tokenizer.token_text(275), std::nullopt);
+    EXPECT_EQ(tokenizer.token_text(-1), std::nullopt);
+    EXPECT_TRUE(tokenizer.is_special(2));
+    EXPECT_FALSE(tokenizer.is_special(262));
+    EXPECT_FALSE(tokenizer.is_special(274));
+    EXPECT_FALSE(tokenizer.is_special(-1));
+    EXPECT_FALSE(tokenizer.is_special(1000));
+}
+
+TEST(Tokenizer, SurvivesAMove)
+{
+    Tokenizer first = tiny();
+    Tokenizer second = std::move(first);
+    first = tiny();
+    EXPECT_EQ(second.encode("hello"), first.encode("hello"));
+}
+
+TEST(Tokenizer, ThreadsShareOne)
+{
+    const Tokenizer tokenizer = tiny();
+    const std::string text = "hello world, in the hell 42 <|im_end|> \u4e2d\u6587 don't";
+    const Ids wanted = tokenizer.encode(text);
+    std::atomic<int> wrong = 0;
+    std::vector<std::thread> threads;
+    for (int t = 0; t < 4; ++t)
+        threads.emplace_back([&] {
+            for (int i = 0; i < 200; ++i)
+                wrong += tokenizer.encode(text) != wanted || tokenizer.decode(wanted, SpecialTokens::keep) != text;
+        });
+    for (std::thread& thread : threads)
+        thread.join();
+    EXPECT_EQ(wrong, 0);
+}
+
+TEST(Tokenizer, LongTextsNeitherOverflowNorGrowQuadratically)
+{
+    const Tokenizer tokenizer = tiny();
+    EXPECT_EQ(tokenizer.encode(std::string(1 << 20, 'a')).size(), 1u << 20);
+    EXPECT_EQ(tokenizer.encode(std::string(1 << 20, ' ')).size(), 1u << 18);
+    std::string lines;
+    for (int i = 0; i < 1 << 18; ++i)
+        lines += "\n ";
+    EXPECT_EQ(tokenizer.decode(tokenizer.encode(lines + "x")), lines + "x");
+}
+
+TEST(Tokenizer, RefusalsNameFileAndComponent)
+{
+    const std::string digits = R"("type": "Digits")";
+    for (const auto& [from, to, named] :
+         std::vector<std::array<std::string, 3>>{{R"("normalizer": null)", R"("normalizer": {"type": "NFKC"})", "NFKC"},
+                                                 {digits, R"("type": "Whitespace")", "Whitespace"},
+                                                 {R"("type": "BPE")", R"("type": "WordPiece")", "WordPiece"},
+                                                 {R"("dropout": null)", R"("dropout": 0.5)", "dropout"},
+                                                 {R"("h e")", R"("h e l")", "h e l"},
+                                                 {R"("h e")", R"("h \u4e2d")", "\u4e2d"},
+                                                 {R"("id": 2)", R"("id": 7)", "<|im_end|>"},
+                                                 {R"("ignore_merges": false)", R"("ignore_merges": 3)", "ignore_merges"}}) {
+        const std::string message = refusal(tiny_json_with(from, to));
+        EXPECT_NE(message.find("some/tokenizer.json"), std::string::npos) << message;
+        EXPECT_NE(message.find(named), std::string::npos) << message;
+    }
+    EXPECT_NE(refusal("{").find("damaged"), std::string::npos);
+    EXPECT_NE(refusal("[]").find("not a JSON object"), std::string::npos);
+    EXPECT_NE(refusal("{}").find("model"), std::string::npos);
+    EXPECT_NE(refusal(std::string(100000, '[')).find("damaged"), std::string::npos);
+}
+
+TEST(Tokenizer, MissingFileIsAnErrorOfTheConfiguration)
+{
+    const test::TemporaryDirectory directory;
+    try {
+        Tokenizer::from_directory(directory.path("none"));
+        FAIL() << "no error";
+    } catch (const Error& error) {
+        EXPECT_EQ(error.code(), ExitCode::configuration);
+        EXPECT_NE(std::string(error.what()).find("none/tokenizer.json"), std::string::npos) << error.what();
+    }
+}
+
+} // namespace
+} // namespace selm
