@@ -6,7 +6,9 @@
 
 #include <fcntl.h>
 #include <hdf5.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <unistd.h>
 
 #include "selm/comm/agree.hpp"
@@ -17,6 +19,8 @@ namespace {
 
 constexpr std::int64_t transfer_bytes = std::int64_t{256} << 20; // MPI-IO counts are ints: stay far below 2 GiB
 constexpr std::int64_t copy_bytes = std::int64_t{32} << 20;
+constexpr std::int64_t object_bytes = std::int64_t{4} << 10;    // more than the metadata of one object or attribute
+constexpr std::int64_t metadata_bytes = std::int64_t{32} << 10; // what HDF5 has at any time beyond what is counted
 
 /// Owner of one HDF5 identifier.
 class Id {
@@ -193,6 +197,45 @@ std::int64_t check_readable(const std::string& path)
     return status.st_size;
 }
 
+/// Error of a file that cannot grow to @p bytes.
+Error no_space(const std::string& path, std::int64_t bytes, const std::string& reason)
+{
+    return io_error(cat(path, " cannot grow to ", bytes, " bytes (", reason, "). Free space, raise the limit, or write elsewhere"));
+}
+
+/// This process may not write files of any size (ulimit -f).
+void check_size_limit(const std::string& path, std::int64_t bytes)
+{
+    struct rlimit limit {};
+    if (::getrlimit(RLIMIT_FSIZE, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY
+        && limit.rlim_cur < static_cast<rlim_t>(bytes))
+        throw no_space(path, bytes, cat("the limit on the size of files is ", limit.rlim_cur));
+}
+
+/// Takes the blocks of the first @p bytes of the file; where the file system cannot, looks for enough free space.
+void reserve_space(const std::string& path, std::int64_t bytes)
+{
+    const int descriptor = ::open(path.c_str(), O_WRONLY | O_CLOEXEC);
+    if (descriptor < 0)
+        throw no_space(path, bytes, std::strerror(errno));
+    int status = 0;
+    do
+        status = ::fallocate(descriptor, 0, 0, bytes);
+    while (status != 0 && errno == EINTR);
+    const int reason = errno;
+    struct stat there {};
+    struct statvfs store {};
+    const bool known = ::fstat(descriptor, &there) == 0 && ::fstatvfs(descriptor, &store) == 0;
+    ::close(descriptor);
+    if (status == 0)
+        return;
+    if (reason != EOPNOTSUPP && reason != ENOSYS)
+        throw no_space(path, bytes, std::strerror(reason));
+    const std::uint64_t free_bytes = std::uint64_t{store.f_bavail} * store.f_frsize + static_cast<std::uint64_t>(there.st_blocks) * 512;
+    if (known && free_bytes < static_cast<std::uint64_t>(bytes))
+        throw no_space(path, bytes, std::strerror(ENOSPC));
+}
+
 } // namespace
 
 const char* name_of(ElementType type) noexcept
@@ -238,6 +281,21 @@ struct File::State {
     Id file;
     std::map<std::string, OpenDataset> open_datasets; ///< kept open: rows are read one by one
     TransferCount transfers;
+    std::int64_t largest_size = 0; ///< an upper bound of the file's bytes (parallel HDF5 cannot tell them)
+    std::int64_t reserved = 0;     ///< bytes of the file that have their place on disk
+    bool failed = false;           ///< a write failed: the file will not be used
+
+    State() = default;
+    State(const State&) = delete;
+    State& operator=(const State&) = delete;
+    ~State()
+    {
+        // HDF5 writes its metadata when it closes; on a full disk that fails and leaves HDF5 unable to shut down. What was
+        // written so far is useless: its space will do.
+        if (file.valid() && failed && comm->is_root())
+            [[maybe_unused]] const int status = ::truncate(path.c_str(), 0);
+        open_datasets.clear();
+    }
 
     bool parallel() const { return comm != nullptr && comm->size() > 1; }
     ExitCode error_code() const { return comm != nullptr ? ExitCode::io : ExitCode::bad_data; }
@@ -252,12 +310,40 @@ struct File::State {
     }
 
     /// In a created file: every rank learns of any rank's failure here.
-    void together(const char* label, const std::function<void()>& body) const
+    void together(const char* label, const std::function<void()>& body)
     {
-        if (parallel())
-            agree(*comm, label, body);
-        else
-            body();
+        try {
+            if (parallel())
+                agree(*comm, label, body);
+            else
+                body();
+        } catch (...) {
+            failed = true;
+            throw;
+        }
+    }
+
+    /**
+     * Makes sure that the file can grow by @p more bytes and some metadata before HDF5 is told to: it does not survive a
+     * write that fails later (it would crash at its end). Within together().
+     */
+    void reserve(std::int64_t more)
+    {
+        largest_size += more + object_bytes;
+        check_size_limit(path, largest_size + metadata_bytes);
+        if (largest_size + metadata_bytes <= reserved)
+            return;
+        reserved = largest_size + 2 * metadata_bytes;
+        if (comm->is_root())
+            reserve_space(path, reserved);
+    }
+
+    /// Gives back what was reserved beyond the file's end.
+    void trim(std::int64_t size) const
+    {
+        struct stat there {};
+        if (::stat(path.c_str(), &there) == 0 && there.st_size > size && ::truncate(path.c_str(), size) != 0)
+            throw io_error(cat(path, " cannot be cut to its length (", std::strerror(errno), "). Check its file system"));
     }
 
     OpenDataset& dataset(const std::string& name)
@@ -416,6 +502,7 @@ File File::create(const std::string& path, Communicator& comm)
     state->together("creating an HDF5 file", [&] {
         if (!state->file.valid())
             state->fail("creating it");
+        state->reserve(0);
     });
     return File(std::move(state));
 }
@@ -430,12 +517,17 @@ void File::close()
     // Flush first: a full disk is heard of while the file can still be closed in order.
     const herr_t flushed = writable ? H5Fflush(state.file.get(), H5F_SCOPE_LOCAL) : 0;
     const std::string flush_reason = flushed < 0 ? hdf5_reason() : "";
+    hsize_t size = 0;
+    // Parallel HDF5 cuts the file itself.
+    const bool sized = writable && !state.parallel() && H5Fget_filesize(state.file.get(), &size) >= 0;
     const herr_t closed = H5Fclose(state.file.release());
     const std::string close_reason = closed < 0 ? hdf5_reason() : "";
     state.together("closing an HDF5 file", [&] {
         if (flushed < 0 || closed < 0)
             throw Error(state.error_code(), cat(state.path, ": closing it failed (", flushed < 0 ? flush_reason : close_reason,
                                                 "). Check the free space and the quota of its file system"));
+        if (sized)
+            state.trim(static_cast<std::int64_t>(size));
     });
 }
 
@@ -638,6 +730,8 @@ void File::set_attribute(const std::string& object, const std::string& name, con
 {
     SELM_EXPECT(state_->comm != nullptr);
     state_->together("HDF5 attribute", [&] {
+        const auto* words = std::get_if<std::string>(&value);
+        state_->reserve(words != nullptr ? static_cast<std::int64_t>(words->size()) : 0);
         const Id id = state_->open_object(object);
         if (H5Aexists(id.get(), name.c_str()) > 0 && H5Adelete(id.get(), name.c_str()) < 0)
             state_->fail(cat("replacing attribute ", name, " of ", object));
@@ -647,12 +741,12 @@ void File::set_attribute(const std::string& object, const std::string& name, con
             if (!attribute.valid() || H5Awrite(attribute.get(), in_memory, data) < 0)
                 state_->fail(cat("writing attribute ", name, " of ", object));
         };
-        if (const auto* text = std::get_if<std::string>(&value)) {
-            SELM_EXPECT(text->find('\0') == std::string::npos);
+        if (words != nullptr) {
+            SELM_EXPECT(words->find('\0') == std::string::npos);
             const Id type(H5Tcopy(H5T_C_S1), H5Tclose);
             H5Tset_size(type.get(), H5T_VARIABLE);
             H5Tset_cset(type.get(), H5T_CSET_UTF8);
-            const char* data = text->c_str();
+            const char* data = words->c_str();
             store(type.get(), type.get(), &data);
         } else if (const auto* integer = std::get_if<std::int64_t>(&value)) {
             store(H5T_STD_I64LE, H5T_NATIVE_INT64, integer);
@@ -677,6 +771,7 @@ void File::create_group(const std::string& path)
         return;
     create_group(parent_of(path));
     state_->together("HDF5 group", [&] {
+        state_->reserve(0);
         const Id group(H5Gcreate2(state_->file.get(), path.c_str(), H5P_DEFAULT, H5P_DEFAULT, H5P_DEFAULT), H5Gclose);
         if (!group.valid())
             state_->fail("creating group " + path);
@@ -688,10 +783,13 @@ void File::create_dataset(const std::string& path, ElementType type, const std::
     SELM_EXPECT(state_->comm != nullptr && !shape.empty());
     create_group(parent_of(path));
     state_->together("HDF5 dataset", [&] {
+        const std::int64_t elements = DatasetInfo{.type = type, .shape = shape}.elements();
+        state_->reserve(elements * static_cast<std::int64_t>(bytes_of(type)));
         const std::vector<hsize_t> extent = dimensions(shape);
         const Id space(H5Screate_simple(static_cast<int>(extent.size()), extent.data(), nullptr), H5Sclose);
         const Id creation(H5Pcreate(H5P_DATASET_CREATE), H5Pclose);
         H5Pset_fill_time(creation.get(), H5D_FILL_TIME_NEVER); // every element is written
+        H5Pset_alloc_time(creation.get(), H5D_ALLOC_TIME_EARLY);
         H5Pset_obj_track_times(creation.get(), false);
         Id dataset(H5Dcreate2(state_->file.get(), path.c_str(), stored_type(type), space.get(), H5P_DEFAULT, creation.get(),
                               H5P_DEFAULT), H5Dclose);
