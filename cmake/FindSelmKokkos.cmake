@@ -1,8 +1,12 @@
 # selm::kokkos: a Kokkos installation by its own config (4, 5), or the 3.x that Debian ships inside Trilinos, whose
 # config exports the non-existing include directory /usr/lib/include: there the target is put together by hand.
-find_package(Kokkos CONFIG QUIET)
-if(TARGET Kokkos::kokkos AND Kokkos_VERSION VERSION_GREATER_EQUAL 3.7)
-    get_target_property(selm_kokkos_target Kokkos::kokkos ALIASED_TARGET)
+# The version is checked before a config is read, so that Debian's is never loaded.
+foreach(selm_kokkos_wanted 5 4 3.7)
+    if(NOT TARGET Kokkos::kokkos)
+        find_package(Kokkos ${selm_kokkos_wanted} CONFIG QUIET)
+    endif()
+endforeach()
+if(TARGET Kokkos::kokkos)
     add_library(selm_kokkos INTERFACE)
     target_link_libraries(selm_kokkos INTERFACE Kokkos::kokkos)
     set(SELM_KOKKOS_VERSION "${Kokkos_VERSION}")
