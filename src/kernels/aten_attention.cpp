@@ -53,8 +53,13 @@ void expect_segments(std::span<const Segment> segments, std::int64_t tokens)
     SELM_EXPECT(next == tokens);
 }
 
-/// [n, heads, D] -> f32 [heads, n, D], fresh.
-at::Tensor heads_first(const at::Tensor& x) { return x.permute({1, 0, 2}).to(at::kFloat).contiguous(); }
+/// [n, heads, D] -> f32 [heads, n, D], always a copy: so its alignment is the same wherever x lies (the BLAS may take other
+/// kernels at other alignments).
+at::Tensor heads_first(const at::Tensor& x)
+{
+    at::Tensor out = at::empty({x.size(1), x.size(0), x.size(2)}, x.options().dtype(at::kFloat));
+    return out.copy_(x.permute({1, 0, 2}));
+}
 
 /// [NH, n, D] grouped by key/value head: [NK, G*n, D].
 at::Tensor grouped(const at::Tensor& x, std::int64_t kv_heads) { return x.reshape({kv_heads, -1, x.size(2)}); }

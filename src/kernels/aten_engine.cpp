@@ -6,12 +6,12 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
-#include <ATen/ops/zeros.h>
 #include <c10/core/InferenceMode.h>
 #include <torch/headeronly/version.h>
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <utility>
 
 #include "aten_view.hpp"
@@ -19,7 +19,6 @@
 
 namespace selm {
 
-using aten::as_f32;
 using aten::view;
 
 /// Bytes handed out by allocate(); outlives the engine as long as a tensor does.
@@ -30,17 +29,25 @@ struct AtenEngine::Memory {
 
 namespace {
 
-/// The BLAS computes a row alike in all products of at least this many rows (measured below 4 it does not).
+/// The BLAS computes a row alike in all products of at least this many rows (measured: below 4 it does not).
 constexpr std::int64_t fewest_rows = 8;
 /// Rows of logits that exist at a time.
 constexpr std::int64_t head_chunk = 128;
+/// Floats; for small matrices the BLAS takes other kernels at other alignments of a row (measured: modulo 16 bytes).
+constexpr std::int64_t row_alignment = 16;
 
-at::Tensor padded(const at::Tensor& x)
+/// x as a product's left side: at least fewest_rows rows, each aligned; x itself where it is so already.
+at::Tensor left_side(const at::Tensor& x)
 {
-    if (x.size(0) >= fewest_rows || !x.is_cpu())
+    const auto address = reinterpret_cast<std::uintptr_t>(x.const_data_ptr());
+    const bool aligned = address % (row_alignment * sizeof(float)) == 0 && x.stride(0) % row_alignment == 0;
+    if (!x.is_cpu() || (aligned && x.size(0) >= fewest_rows))
         return x;
-    at::Tensor out = at::zeros({fewest_rows, x.size(1)}, x.options());
+    const std::int64_t rows = std::max(x.size(0), fewest_rows);
+    const std::int64_t stride = (x.size(1) + row_alignment - 1) / row_alignment * row_alignment;
+    at::Tensor out = at::empty({rows, stride}, x.options()).narrow(1, 0, x.size(1));
     out.narrow(0, 0, x.size(0)).copy_(x);
+    out.narrow(0, x.size(0), rows - x.size(0)).zero_();
     return out;
 }
 
@@ -53,7 +60,7 @@ at::Tensor product_f32(const at::Tensor& a, const at::Tensor& b)
 /// y = x w^T.
 void multiply_into(const at::Tensor& x, const at::Tensor& w, at::Tensor y)
 {
-    const at::Tensor rows = padded(x);
+    const at::Tensor rows = left_side(x);
     if (rows.size(0) == y.size(0) && y.scalar_type() == rows.scalar_type())
         at::mm_out(y, rows, w.t());
     else if (y.scalar_type() == at::kFloat)
@@ -212,7 +219,7 @@ void AtenEngine::linear_add(const Tensor& x_TK, const PackedWeight& w, const Ten
     SELM_EXPECT(y_TN.dtype == DType::f32);
     const c10::InferenceMode no_autograd;
     if (x_TK.rows > 0)
-        view(y_TN).add_(product_f32(padded(view(x_TK)), view(w.forward).t()).narrow(0, 0, x_TK.rows));
+        view(y_TN).add_(product_f32(left_side(view(x_TK)), view(w.forward).t()).narrow(0, 0, x_TK.rows));
 }
 
 void AtenEngine::linear_backward_input(const Tensor& dy_TN, const PackedWeight& w, const Tensor& dx_TK)

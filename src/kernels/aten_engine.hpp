@@ -15,8 +15,8 @@ namespace selm {
 /**
  * @brief The `aten` engine. CPU: f32 activations and weights. CUDA: activations and weights of EngineOptions::activation.
  *
- * Row invariance (CPU, f32, one thread) rests on: matrix products padded to at least 8 rows (below 5 the BLAS takes other
- * kernels), and transcendental functions only on matrices whose rows the iterator cannot merge into one run: vectorised
+ * Row invariance (CPU, f32, one thread) rests on: matrix products of at least 8 rows with aligned rows (the BLAS takes other
+ * kernels for fewer, and for small matrices at other alignments), and transcendental functions only on matrices whose rows the iterator cannot merge into one run: vectorised
  * bodies and scalar tails of exp differ in the last bit, so where the tail falls may not depend on other rows.
  */
 class AtenEngine final : public Engine {
