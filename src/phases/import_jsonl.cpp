@@ -1,0 +1,155 @@
+#include <cmath>
+#include <fstream>
+
+#include <nlohmann/json.hpp>
+
+#include "import_source.hpp"
+#include "selm/base/error.hpp"
+#include "selm/text/utf8.hpp"
+
+namespace selm::import_detail {
+
+namespace {
+
+using Json = nlohmann::json;
+
+constexpr int deepest = 64; // a preference row needs 3; the parser's tree is freed recursively
+
+/// Nesting is checked before parsing: a line of a million brackets would exhaust the stack.
+void check_depth(const std::string& line)
+{
+    int depth = 0;
+    bool in_text = false;
+    for (std::size_t i = 0; i < line.size(); ++i) {
+        const char c = line[i];
+        if (in_text) {
+            if (c == '\\')
+                ++i;
+            else if (c == '"')
+                in_text = false;
+        } else if (c == '"') {
+            in_text = true;
+        } else if (c == '[' || c == '{') {
+            if (++depth > deepest)
+                throw BadRow{"too deeply nested", cat("JSON nested deeper than ", deepest, " levels (no preference row is)"), "Correct the row"};
+        } else if (c == ']' || c == '}') {
+            --depth;
+        }
+    }
+}
+
+BadRow wrong_type(const std::string& field, const char* expected)
+{
+    return {"wrong type", cat("\"", field, "\" is not ", expected, " (it cannot be used)"), "Correct the row"};
+}
+
+Cell cell_of(const Json& object, const char* field)
+{
+    const auto found = object.find(field);
+    if (found == object.end() || found->is_null())
+        return {};
+    if (found->is_string())
+        return found->get<std::string>();
+    if (!found->is_array())
+        throw wrong_type(field, "a text or a list of messages");
+    std::vector<SourceMessage> messages;
+    for (const Json& message : *found) {
+        if (!message.is_object() || !message.contains("role") || !message.contains("content"))
+            throw BadRow{"missing field", cat("a message of \"", field, "\" lacks \"role\" or \"content\" (both are needed)"), "Correct the row"};
+        if (!message["role"].is_string() || !message["content"].is_string())
+            throw wrong_type(field, "a list of messages with texts as role and content");
+        messages.push_back({message["role"].get<std::string>(), message["content"].get<std::string>()});
+    }
+    return messages;
+}
+
+double score_of(const Json& object, const char* field)
+{
+    const auto found = object.find(field);
+    if (found == object.end() || found->is_null())
+        return std::numeric_limits<double>::quiet_NaN();
+    if (!found->is_number())
+        throw wrong_type(field, "a number");
+    return found->get<double>();
+}
+
+std::optional<std::string> id_of(const Json& object)
+{
+    const auto found = object.find("prompt_id");
+    if (found == object.end() || found->is_null())
+        return std::nullopt;
+    if (found->is_number_integer())
+        return found->dump();
+    if (!found->is_string())
+        throw wrong_type("prompt_id", "a text");
+    return found->get<std::string>();
+}
+
+Json parse_line(const std::string& line)
+{
+    if (const auto at = find_invalid_utf8(line))
+        throw BadRow{"invalid UTF-8", cat("not valid UTF-8 at byte ", *at, " of the line (tokens of such text are undefined)"), "Correct the row"};
+    check_depth(line);
+    try {
+        return Json::parse(line);
+    } catch (const Json::parse_error& error) {
+        throw BadRow{"not JSON", cat("not JSON, at byte ", error.byte, " of the line (every line holds one JSON object)"), "Correct the row"};
+    } catch (const Json::exception&) {
+        throw BadRow{"not JSON", "a number beyond the range of double (it cannot be stored)", "Correct the row"};
+    }
+}
+
+class JsonLines final : public Source {
+  public:
+    explicit JsonLines(const std::string& path) : path_(path), in_(path, std::ios::binary)
+    {
+        if (!in_)
+            throw data_error(cat(path, " cannot be read (it is the input). Check the path and its permissions"));
+    }
+
+    bool next() override
+    {
+        do {
+            if (!std::getline(in_, line_)) {
+                if (in_.bad())
+                    throw io_error(cat(path_, ": reading failed after line ", index_ + 1, ". Check its file system"));
+                return false;
+            }
+            ++index_;
+        } while (line_.find_first_not_of(" \t\r") == std::string::npos);
+        return true;
+    }
+
+    std::int64_t index() const override { return index_; }
+    std::string place() const override { return cat("line ", index_ + 1); }
+
+    SourceRow parse() const override
+    {
+        const Json object = parse_line(line_);
+        if (!object.is_object())
+            throw BadRow{"not an object", "not a JSON object (every line holds one, with prompt, chosen and rejected)", "Correct the row"};
+        SourceRow row;
+        row.prompt = cell_of(object, "prompt");
+        row.chosen = cell_of(object, "chosen");
+        row.rejected = cell_of(object, "rejected");
+        row.id = id_of(object);
+        row.score_chosen = score_of(object, "score_chosen");
+        row.score_rejected = score_of(object, "score_rejected");
+        return row;
+    }
+
+  private:
+    std::string path_;
+    std::ifstream in_;
+    std::string line_;
+    std::int64_t index_ = -1;
+};
+
+} // namespace
+
+std::unique_ptr<Source> open_jsonl(const std::string& path)
+{
+    return std::make_unique<JsonLines>(path);
+}
+
+} // namespace selm::import_detail
