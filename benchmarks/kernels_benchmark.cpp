@@ -1,0 +1,194 @@
+#include <benchmark/benchmark.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <random>
+#include <span>
+#include <vector>
+
+#include "selm/kernels/engine.hpp"
+
+// Rates of the engines' operations at the shapes of SmolLM2-135M: useful floating-point operations per second ("flops":
+// attention counts visible scores only; a backward pass counts 2.5 forward passes for attention, and recomputed logits too
+// for the head). One thread. Example: kernels_benchmark --benchmark_filter=xsmm
+namespace {
+
+using namespace selm;
+
+std::unique_ptr<Engine>& engine(bool is_xsmm)
+{
+    static std::unique_ptr<Engine> engines[2];
+    std::unique_ptr<Engine>& wanted = engines[is_xsmm ? 1 : 0];
+    if (wanted == nullptr)
+        wanted = make_engine({.engine = is_xsmm ? "xsmm" : "aten"});
+    return wanted;
+}
+
+Tensor random_tensor(Engine& e, std::int64_t rows, std::int64_t columns, float deviation = 1)
+{
+    std::mt19937 generator(1);
+    std::uniform_real_distribution<float> uniform(-deviation, deviation);
+    Tensor out = e.allocate(rows, columns, DType::f32);
+    for (std::int64_t i = 0; i < rows * columns; ++i)
+        out.f32()[i] = uniform(generator);
+    return out;
+}
+
+void report(benchmark::State& state, double flop)
+{
+    state.counters["flops"] = benchmark::Counter(flop, benchmark::Counter::kIsIterationInvariantRate);
+}
+
+enum class Pass { forward, backward_input, backward_weight };
+
+void linear(benchmark::State& state, bool is_xsmm, Pass pass)
+{
+    Engine& e = *engine(is_xsmm);
+    const std::int64_t outputs = state.range(0), inputs = state.range(1), tokens = state.range(2);
+    const PackedWeight w = e.pack(random_tensor(e, outputs, inputs), pass == Pass::backward_input, {}, false);
+    const Tensor x = random_tensor(e, tokens, inputs), y = random_tensor(e, tokens, outputs);
+    const Tensor dw = random_tensor(e, pass == Pass::backward_weight ? outputs : 1, inputs);
+    for (auto _ : state) {
+        if (pass == Pass::forward)
+            e.linear(x, w, y);
+        else if (pass == Pass::backward_input)
+            e.linear_backward_input(y, w, x);
+        else
+            e.linear_backward_weight(y, x, dw);
+    }
+    report(state, 2.0 * static_cast<double>(outputs * inputs * tokens));
+}
+
+void attention(benchmark::State& state, bool is_xsmm, bool is_backward)
+{
+    Engine& e = *engine(is_xsmm);
+    const AttentionShape shape{.heads = 9, .kv_heads = 3, .head_dim = 64, .scale = 0.125f};
+    const std::int64_t trunk = state.range(0), first = state.range(1), second = state.range(2);
+    const std::vector<Segment> segments = {{0, trunk, -1}, {trunk, first, 0}, {trunk + first, second, 0}};
+    const std::int64_t tokens = trunk + first + second;
+    const Tensor qkv = random_tensor(e, tokens, 15 * 64), out = e.allocate(tokens, 9 * 64, DType::f32);
+    const Tensor lse = e.allocate(9, tokens, DType::f32), dout = random_tensor(e, tokens, 9 * 64);
+    const Tensor dqkv = e.allocate(tokens, 15 * 64, DType::f32);
+    e.attention(qkv, shape, segments, out, lse);
+    for (auto _ : state) {
+        if (is_backward)
+            e.attention_backward(qkv, shape, segments, out, lse, dout, dqkv);
+        else
+            e.attention(qkv, shape, segments, out, lse);
+    }
+    double visible = 0;
+    for (const Segment& s : segments)
+        visible += 0.5 * static_cast<double>(s.length * (s.length + 1)) + static_cast<double>(s.trunk < 0 ? 0 : s.length * trunk);
+    report(state, visible * 9 * 64 * 4 * (is_backward ? 2.5 : 1.0));
+}
+
+/// One decoding step of `slots` sequences, `context` tokens each.
+void decode_attention(benchmark::State& state, bool is_xsmm)
+{
+    Engine& e = *engine(is_xsmm);
+    const AttentionShape shape{.heads = 9, .kv_heads = 3, .head_dim = 64, .scale = 0.125f};
+    const std::int64_t slots = state.range(0), context = state.range(1);
+    const auto cache = e.make_cache(1, slots, context + 64, shape);
+    const Tensor prompt = random_tensor(e, context, 15 * 64), prompt_out = e.allocate(context, 9 * 64, DType::f32);
+    std::vector<CachedSpan> spans;
+    for (std::int64_t slot = 0; slot < slots; ++slot) {
+        e.attention_cached(prompt, shape, *cache, 0, std::vector<CachedSpan>{{slot, 0, context, 0, true}}, prompt_out);
+        spans.push_back({slot, slot, 1, context, false});
+    }
+    const Tensor qkv = random_tensor(e, slots, 15 * 64), out = e.allocate(slots, 9 * 64, DType::f32);
+    for (auto _ : state)
+        e.attention_cached(qkv, shape, *cache, 0, spans, out);
+    report(state, static_cast<double>(slots * (context + 1)) * 9 * 64 * 4);
+}
+
+void head(benchmark::State& state, bool is_xsmm, bool is_backward)
+{
+    Engine& e = *engine(is_xsmm);
+    const std::int64_t rows = state.range(0), vocabulary = 49152, hidden = 576;
+    const PackedWeight w = e.pack(random_tensor(e, vocabulary, hidden, 0.1f), is_backward, {}, false);
+    const Tensor h = random_tensor(e, rows, hidden), dh = e.allocate(rows, hidden, DType::f32);
+    const Tensor dw = e.allocate(is_backward ? vocabulary : 1, hidden, DType::f32);
+    e.fill_zero(dw);
+    const auto count = static_cast<std::size_t>(rows);
+    const std::vector<std::int32_t> targets(count, 7);
+    std::vector<float> log_probs(count), lse(count), g(count, 1.0f);
+    e.head_log_probs(h, w, targets, log_probs, lse);
+    for (auto _ : state) {
+        if (is_backward)
+            e.head_log_probs_backward(h, w, targets, lse, g, dh, dw);
+        else
+            e.head_log_probs(h, w, targets, log_probs, lse);
+    }
+    report(state, 2.0 * static_cast<double>(rows * vocabulary * hidden) * (is_backward ? 3 : 1));
+}
+
+void elementwise(benchmark::State& state, bool is_xsmm)
+{
+    Engine& e = *engine(is_xsmm);
+    const std::int64_t tokens = state.range(0);
+    const Tensor x = random_tensor(e, tokens, 576), y = e.allocate(tokens, 576, DType::f32), gain = random_tensor(e, 1, 576);
+    const Tensor gate_up = random_tensor(e, tokens, 3072), a = e.allocate(tokens, 1536, DType::f32);
+    for (auto _ : state) {
+        e.rms_norm(x, gain, 1e-5f, y, {});
+        e.swiglu(gate_up, a);
+    }
+}
+
+void adamw(benchmark::State& state)
+{
+    const auto count = static_cast<std::size_t>(state.range(0));
+    const std::vector<float> gradient(count, 0.1f);
+    std::vector<float> master(count, 1.0f), m(count), v(count), compute(count);
+    for (auto _ : state)
+        adamw_step({.learning_rate = 1e-4, .round_bf16 = true}, gradient, master, m, v, compute);
+    state.SetBytesProcessed(state.iterations() * state.range(0) * 32);
+}
+
+void layer_shapes(benchmark::internal::Benchmark* b)
+{
+    for (const auto& [outputs, inputs] : {std::pair<int, int>{960, 576}, {3072, 576}, {576, 1536}})
+        for (const int tokens : {1, 16, 512})
+            b->Args({outputs, inputs, tokens});
+    b->Args({49152, 576, 1})->Args({49152, 576, 16});
+}
+
+void training_shapes(benchmark::internal::Benchmark* b)
+{
+    b->Args({960, 576, 1583})->Args({3072, 576, 1583})->Args({576, 1536, 1583});
+}
+
+void register_engine(const char* name, bool is_xsmm)
+{
+    const auto add = [name](const char* operation, auto&& body) {
+        return benchmark::RegisterBenchmark((std::string(name) + "/" + operation).c_str(), body)->Unit(benchmark::kMillisecond);
+    };
+    add("linear", [=](benchmark::State& s) { linear(s, is_xsmm, Pass::forward); })->Apply(layer_shapes);
+    add("linear_training", [=](benchmark::State& s) { linear(s, is_xsmm, Pass::forward); })->Apply(training_shapes);
+    add("linear_dx", [=](benchmark::State& s) { linear(s, is_xsmm, Pass::backward_input); })->Apply(training_shapes);
+    add("linear_dw", [=](benchmark::State& s) { linear(s, is_xsmm, Pass::backward_weight); })->Apply(training_shapes);
+    for (const bool is_backward : {false, true})
+        add(is_backward ? "attention_backward" : "attention", [=](benchmark::State& s) { attention(s, is_xsmm, is_backward); })
+            ->Args({177, 280, 250})
+            ->Args({500, 500, 500});
+    add("decode_attention", [=](benchmark::State& s) { decode_attention(s, is_xsmm); })->Args({1, 256})->Args({16, 256});
+    add("head", [=](benchmark::State& s) { head(s, is_xsmm, false); })->Arg(512);
+    add("head_backward", [=](benchmark::State& s) { head(s, is_xsmm, true); })->Arg(512);
+    add("norm_and_swiglu", [=](benchmark::State& s) { elementwise(s, is_xsmm); })->Arg(16)->Arg(1583);
+}
+
+} // namespace
+
+int main(int argc, char** argv)
+{
+    const selm::KernelRuntime runtime(1);
+    register_engine("xsmm", true);
+    register_engine("aten", false);
+    benchmark::RegisterBenchmark("adamw", adamw)->Arg(8 << 20)->Unit(benchmark::kMillisecond);
+    benchmark::Initialize(&argc, argv);
+    if (benchmark::ReportUnrecognizedArguments(argc, argv))
+        return 64;
+    std::printf("%s\n", engine(true)->description().c_str());
+    benchmark::RunSpecifiedBenchmarks();
+    return 0;
+}
