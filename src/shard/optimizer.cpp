@@ -88,6 +88,13 @@ void ShardedAdamW::publish(std::span<float> compute)
     gather(compute);
 }
 
+void ShardedAdamW::gather_master(std::span<float> full)
+{
+    SELM_EXPECT(full.size() == layout_.total());
+    std::copy(master_.begin(), master_.end(), full.begin() + static_cast<std::ptrdiff_t>(state_.offset));
+    gather(full);
+}
+
 void ShardedAdamW::gather(std::span<float> compute)
 {
     if (options_.stage == 0)

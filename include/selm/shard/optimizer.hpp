@@ -52,6 +52,9 @@ class ShardedAdamW {
     /// compute [total] = master weights of all ranks (rounded when round_bf16). Collective.
     void publish(std::span<float> compute);
 
+    /// full [total] = master weights of all ranks, not rounded. Collective.
+    void gather_master(std::span<float> full);
+
     double comm_seconds() const { return comm_seconds_; } ///< spent in collectives so far
     std::int64_t bytes() const;                           ///< of this rank's buffers
 

@@ -1,0 +1,416 @@
+#include "reward_objective.hpp"
+
+#include <algorithm>
+#include <charconv>
+#include <chrono>
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <optional>
+#include <utility>
+
+#include "decoder_trainer.hpp"
+#include "packed_rows.hpp"
+#include "selm/algo/losses.hpp"
+#include "selm/base/error.hpp"
+#include "selm/base/log.hpp"
+#include "selm/comm/agree.hpp"
+#include "selm/data/work_queue.hpp"
+#include "selm/model/model_files.hpp"
+#include "selm/phases/shared_model.hpp"
+#include "selm_objective.hpp"
+
+namespace selm {
+
+namespace {
+
+using nlohmann::ordered_json;
+constexpr auto chosen = static_cast<std::size_t>(Candidate::chosen);
+constexpr auto rejected = static_cast<std::size_t>(Candidate::rejected);
+
+/// Preference rows [range.begin, range.end); row 0 of the objective is range.begin.
+struct Rows {
+    std::unique_ptr<PreferencesReader> prefs;
+    RowRange range;
+    std::string data_digest, model_digest;
+    std::vector<std::int64_t> costs;
+
+    std::int64_t size() const { return range.end - range.begin; }
+    PackedRow encode(const RowEncoder& encoder, std::int64_t row) const { return encoder.encode(prefs->row(range.begin + row)); }
+    std::string name(std::int64_t row) const { return cat(range.begin + row, " (prompt_id \"", prefs->id(range.begin + row), "\")"); }
+    CheckpointBinding binding() const
+    {
+        return {{"policy", model_digest}, {"preference data", data_digest}, {"rows", cat(range.begin, ":", range.end)}};
+    }
+};
+
+Rows open_rows(const TrainOptions& options, Communicator& comm)
+{
+    Rows rows;
+    agree(comm, "opening the rows", [&] {
+        rows.prefs = std::make_unique<PreferencesReader>(options.data);
+        rows.range = RowRange::parse(options.rows, rows.prefs->rows());
+        SELM_VALIDATE(rows.size() > 0, ExitCode::bad_data, options.data << " has no rows there (there is nothing to train on). Check --rows");
+    });
+    rows.data_digest = root_string(comm, "digest of the rows", [&] { return rows.prefs->digest(); });
+    rows.model_digest = root_string(comm, "digest of the start model", [&] { return model_digest(options.policy); });
+    return rows;
+}
+
+void add_row(StepSums& sums, const BradleyTerryLoss& loss, double margin)
+{
+    sums[StepSums::rows] += 1;
+    sums[StepSums::loss] += loss.loss;
+    sums[StepSums::margin] += margin;
+    sums[StepSums::accuracy] += margin > 0 ? 1 : 0;
+}
+
+/// All weights: one packed pass per row, the score is h . w at the last token of each answer.
+class RewardModelObjective final : public TrainingObjective {
+  public:
+    RewardModelObjective(const TrainOptions& options, std::unique_ptr<DecoderTrainer> model, RowEncoder encoder, Rows rows)
+        : save_dtype_(save_dtype(options)), model_(std::move(model)), encoder_(std::move(encoder)), rows_(std::move(rows))
+    {
+    }
+
+    std::int64_t rows() const override { return rows_.size(); }
+    std::int64_t cost(std::int64_t row) const override { return rows_.costs[static_cast<std::size_t>(row)]; }
+    std::string row_name(std::int64_t row) const override { return rows_.name(row); }
+    std::vector<ParameterSpec> parameters() const override { return decoder_parameters(model_->config()); }
+    CheckpointBinding binding() const override { return rows_.binding(); }
+    void initialise(const FlatBuffers& flat, ShardInfo shard, std::span<float> master) const override
+    {
+        model_->initialise(flat, shard, master);
+    }
+    void refresh(FlatBuffers& flat) override { model_->refresh(flat); }
+    std::int64_t engine_bytes() const override { return model_->engine().peak_allocated_bytes(); }
+    std::string engine_description() const override { return model_->engine().description(); }
+    void write_model(const std::string& directory, const FlatBuffers& flat, std::span<const float> master) const override
+    {
+        model_->write_model(directory, flat, master, save_dtype_);
+    }
+
+    void accumulate(std::span<const std::int64_t> rows, double scale, FlatBuffers& flat, StepSums& sums,
+                    std::vector<std::int64_t>& bad_rows) override
+    {
+        std::vector<PackedRow> packed;
+        PackedBatch batch;
+        for (const std::int64_t row : rows) {
+            packed.push_back(rows_.encode(encoder_, row));
+            batch.add_last_token(packed.back().trunk, packed.back().branches);
+        }
+        Engine& engine = model_->engine();
+        const auto pass = model_->decoder().forward(batch, true);
+        const std::int64_t hidden = model_->config().hidden;
+        std::vector<float> h(static_cast<std::size_t>(batch.branches * hidden));
+        SELM_EXPECT(pass->hidden().dtype == DType::f32);
+        engine.copy_to_host(pass->hidden(), h.data());
+        const auto head = static_cast<std::size_t>(ParameterIndex::head(model_->config()));
+        const std::vector<double> scores = scores_of(h, flat.view(flat.compute, head).f32());
+
+        std::vector<double> slopes(scores.size(), 0.0);
+        std::size_t first = 0;
+        for (std::size_t i = 0; i < packed.size(); ++i) {
+            const std::size_t best = first + static_cast<std::size_t>(packed[i].branch_of[chosen]);
+            const std::size_t worst = first + static_cast<std::size_t>(packed[i].branch_of[rejected]);
+            const BradleyTerryLoss loss = bradley_terry_loss(scores[best], scores[worst]);
+            if (!std::isfinite(loss.loss))
+                bad_rows.push_back(rows[i]);
+            slopes[best] += scale * loss.d_best;
+            slopes[worst] += scale * loss.d_worst;
+            add_row(sums, loss, scores[best] - scores[worst]);
+            sums[StepSums::reward_best] += scores[best];
+            sums[StepSums::reward_worst] += scores[worst];
+            first += packed[i].branches.size();
+        }
+        sums[StepSums::tokens] += static_cast<double>(batch.tokens.size());
+        backward(*pass, h, slopes, flat, head);
+    }
+
+    ordered_json metrics(const StepSums& sums) const override
+    {
+        return {{"loss", sums.mean(StepSums::loss)},
+                {"rewards/chosen", sums.mean(StepSums::reward_best)},
+                {"rewards/rejected", sums.mean(StepSums::reward_worst)},
+                {"rewards/accuracies", sums.mean(StepSums::accuracy)},
+                {"rewards/margins", sums.mean(StepSums::margin)}};
+    }
+    void set_costs(std::vector<std::int64_t> costs) { rows_.costs = std::move(costs); }
+    std::int64_t measure(std::int64_t row) const { return rows_.encode(encoder_, row).tokens(); }
+
+  private:
+    std::vector<double> scores_of(const std::vector<float>& h, const float* w) const
+    {
+        const auto hidden = static_cast<std::size_t>(model_->config().hidden);
+        std::vector<double> scores(h.size() / hidden, 0.0);
+        for (std::size_t i = 0; i < scores.size(); ++i)
+            for (std::size_t j = 0; j < hidden; ++j)
+                scores[i] += static_cast<double>(h[i * hidden + j]) * static_cast<double>(w[j]);
+        return scores;
+    }
+
+    /// d score / d h = w, d score / d w = h.
+    void backward(Decoder::Pass& pass, const std::vector<float>& h, const std::vector<double>& slopes, FlatBuffers& flat, std::size_t head)
+    {
+        const auto hidden = static_cast<std::size_t>(model_->config().hidden);
+        const float* w = flat.view(flat.compute, head).f32();
+        float* dw = flat.view(flat.gradient, head).f32();
+        std::vector<float> dh(h.size());
+        for (std::size_t i = 0; i < slopes.size(); ++i)
+            for (std::size_t j = 0; j < hidden; ++j) {
+                dh[i * hidden + j] = static_cast<float>(slopes[i] * static_cast<double>(w[j]));
+                dw[j] += static_cast<float>(slopes[i] * static_cast<double>(h[i * hidden + j]));
+            }
+        Engine& engine = model_->engine();
+        const Tensor d_hidden = engine.allocate(pass.hidden().rows, pass.hidden().columns, pass.hidden().dtype);
+        engine.copy_from_host(dh.data(), d_hidden);
+        model_->decoder().backward(pass, d_hidden, model_->sink());
+    }
+
+    DType save_dtype_;
+    std::unique_ptr<DecoderTrainer> model_;
+    RowEncoder encoder_;
+    Rows rows_;
+};
+
+/**
+ * @brief The head alone on a frozen decoder. A row is the difference of its two outputs, d = h_chosen - h_rejected, computed
+ * once. Trained is v = w * s, with s_j the root mean square of d_j over all rows (so that every coordinate moves at the
+ * same pace): v . (d / s) = w . d exactly, and the saved head is w = v / s.
+ */
+class RewardHeadObjective final : public TrainingObjective {
+  public:
+    RewardHeadObjective(const TrainOptions& options, DecoderConfig config, Rows rows, std::vector<float> features,
+                        std::vector<float> scale, std::vector<float> start, std::string engine, std::int64_t engine_bytes)
+        : policy_(options.policy), save_dtype_(save_dtype(options)), config_(std::move(config)), rows_(std::move(rows)),
+          features_(std::move(features)), scale_(std::move(scale)), start_(std::move(start)), engine_(std::move(engine)),
+          engine_bytes_(engine_bytes)
+    {
+        parameters_ = {decoder_parameters(config_).at(static_cast<std::size_t>(ParameterIndex::head(config_)))};
+    }
+
+    std::int64_t rows() const override { return rows_.size(); }
+    std::int64_t cost(std::int64_t) const override { return 1; }
+    std::string row_name(std::int64_t row) const override { return rows_.name(row); }
+    std::vector<ParameterSpec> parameters() const override { return parameters_; }
+    CheckpointBinding binding() const override { return rows_.binding(); }
+    void initialise(const FlatBuffers&, ShardInfo shard, std::span<float> master) const override
+    {
+        for (std::size_t i = 0; i < master.size() && shard.offset + i < start_.size(); ++i)
+            master[i] = start_[shard.offset + i] * scale_[shard.offset + i];
+    }
+    void refresh(FlatBuffers&) override {}
+    std::int64_t engine_bytes() const override { return engine_bytes_; }
+    std::string engine_description() const override { return engine_; }
+
+    void accumulate(std::span<const std::int64_t> rows, double scale, FlatBuffers& flat, StepSums& sums,
+                    std::vector<std::int64_t>& bad_rows) override
+    {
+        const std::size_t hidden = scale_.size();
+        for (const std::int64_t row : rows) {
+            const float* x = features_.data() + static_cast<std::size_t>(row) * hidden;
+            double margin = 0;
+            for (std::size_t j = 0; j < hidden; ++j)
+                margin += static_cast<double>(flat.compute[j]) * static_cast<double>(x[j]);
+            const BradleyTerryLoss loss = bradley_terry_loss(margin, 0);
+            if (!std::isfinite(loss.loss))
+                bad_rows.push_back(row);
+            for (std::size_t j = 0; j < hidden; ++j)
+                flat.gradient[j] += static_cast<float>(scale * loss.d_best * static_cast<double>(x[j]));
+            add_row(sums, loss, margin);
+        }
+    }
+
+    ordered_json metrics(const StepSums& sums) const override
+    {
+        return {{"loss", sums.mean(StepSums::loss)},
+                {"rewards/accuracies", sums.mean(StepSums::accuracy)},
+                {"rewards/margins", sums.mean(StepSums::margin)}};
+    }
+
+    void write_model(const std::string& directory, const FlatBuffers&, std::span<const float> master) const override
+    {
+        copy_trained_model_files(policy_, directory, save_dtype_, true);
+        const SafetensorsReader reader(policy_);
+        const auto specs = decoder_parameters(config_);
+        const std::int64_t head = ParameterIndex::head(config_);
+        std::int64_t held = -1;
+        std::vector<float> whole;
+        write_model_weights(directory, config_, ParameterReader([&](std::int64_t parameter, std::int64_t begin, std::span<float> out) {
+                                const auto first = static_cast<std::size_t>(begin);
+                                if (parameter == head) {
+                                    for (std::size_t j = 0; j < out.size(); ++j)
+                                        out[j] = master[first + j] / scale_[first + j];
+                                    return;
+                                }
+                                if (parameter != held) {
+                                    const ParameterSpec& spec = specs[static_cast<std::size_t>(parameter)];
+                                    whole.resize(static_cast<std::size_t>(spec.elements()));
+                                    read_model_parameter(reader, spec, whole);
+                                    held = parameter;
+                                }
+                                std::copy_n(whole.begin() + begin, out.size(), out.begin());
+                            }),
+                            save_dtype_);
+    }
+
+  private:
+    std::string policy_;
+    DType save_dtype_;
+    DecoderConfig config_;
+    Rows rows_;
+    std::vector<ParameterSpec> parameters_;
+    std::vector<float> features_; ///< d / s [rows, H]
+    std::vector<float> scale_; ///< s [H]
+    std::vector<float> start_; ///< w to start from [H]
+    std::string engine_;
+    std::int64_t engine_bytes_;
+};
+
+/// d = h_chosen - h_rejected of some rows, computed as the queue hands them out.
+struct Features {
+    std::vector<std::int64_t> rows;
+    std::vector<float> values; ///< [rows, H]
+};
+
+Features compute_features(const TrainOptions& options, const Rows& rows, const RowEncoder& encoder, SharedModel& model, Communicator& comm)
+{
+    std::vector<std::pair<std::int64_t, std::int64_t>> order;
+    for (std::int64_t row = 0; row < rows.size(); ++row) {
+        const std::int64_t i = rows.range.begin + row;
+        order.emplace_back(-(rows.prefs->message_bytes(i) + rows.prefs->chosen_bytes(i) + rows.prefs->rejected_bytes(i)), row);
+    }
+    std::sort(order.begin(), order.end());
+    std::vector<std::int64_t> items;
+    for (const auto& [bytes, row] : order)
+        items.push_back(row);
+
+    Features features;
+    const auto hidden = static_cast<std::size_t>(model.config().hidden);
+    WorkQueue queue(comm, std::move(items), {});
+    run_queue(comm, queue, "outputs of the decoder", [&](WorkQueue& work) {
+        std::int64_t done = 0;
+        auto shown = std::chrono::steady_clock::now();
+        while (const auto row = work.next()) {
+            const PackedRow packed = rows.encode(encoder, *row);
+            PackedBatch batch;
+            batch.add_last_token(packed.trunk, packed.branches);
+            const auto pass = model.decoder().forward(batch, false);
+            std::vector<float> h(static_cast<std::size_t>(batch.branches) * hidden);
+            SELM_EXPECT(pass->hidden().dtype == DType::f32);
+            model.engine().copy_to_host(pass->hidden(), h.data());
+            features.rows.push_back(*row);
+            const float* best = h.data() + static_cast<std::size_t>(packed.branch_of[chosen]) * hidden;
+            const float* worst = h.data() + static_cast<std::size_t>(packed.branch_of[rejected]) * hidden;
+            for (std::size_t j = 0; j < hidden; ++j)
+                features.values.push_back(best[j] - worst[j]);
+            ++done;
+            const auto now = std::chrono::steady_clock::now();
+            if (options.common.progress != "off" && now - shown > std::chrono::seconds(10)) {
+                shown = now;
+                SELM_LOG(info, "train: outputs of the decoder for " << done << " rows on rank 0 of " << rows.size() << " in all");
+            }
+        }
+    });
+    return features;
+}
+
+/// All rows' features on every rank, in order of rows.
+std::vector<float> gather_features(const Features& mine, std::int64_t rows, std::size_t hidden, Communicator& comm)
+{
+    std::vector<float> all(static_cast<std::size_t>(rows) * hidden);
+    const auto keys = comm.all_gather_ragged(std::as_bytes(std::span(mine.rows)), "rows of the outputs");
+    const auto values = comm.all_gather_ragged(std::as_bytes(std::span(mine.values)), "outputs of the decoder");
+    for (std::size_t rank = 0; rank < keys.size(); ++rank)
+        for (std::size_t i = 0; i < keys[rank].size() / sizeof(std::int64_t); ++i) {
+            std::int64_t row = 0;
+            std::memcpy(&row, keys[rank].data() + i * sizeof row, sizeof row);
+            std::memcpy(all.data() + static_cast<std::size_t>(row) * hidden, values[rank].data() + i * hidden * sizeof(float),
+                        hidden * sizeof(float));
+        }
+    return all;
+}
+
+/// s [H]; 1 where all rows agree (their feature is 0 and teaches nothing).
+std::vector<float> feature_scale(const std::vector<float>& features, std::size_t hidden)
+{
+    std::vector<double> squares(hidden, 0.0);
+    for (std::size_t i = 0; i < features.size(); ++i)
+        squares[i % hidden] += static_cast<double>(features[i]) * static_cast<double>(features[i]);
+    std::vector<float> scale(hidden, 1.0F);
+    for (std::size_t j = 0; j < hidden; ++j)
+        if (squares[j] > 0)
+            scale[j] = static_cast<float>(std::sqrt(squares[j] * static_cast<double>(hidden) / static_cast<double>(features.size())));
+    return scale;
+}
+
+std::unique_ptr<TrainingObjective> make_head_objective(const TrainOptions& options, Rows rows, Communicator& comm)
+{
+    const auto model = SharedModel::from_directory(options.policy, options.common, comm, rows.model_digest);
+    std::optional<RowEncoder> encoder;
+    const DecoderConfig config = [&] {
+        DecoderConfig made = model->config();
+        made.sequence_classifier = true;
+        return made;
+    }();
+    const auto hidden = static_cast<std::size_t>(config.hidden);
+    std::vector<float> start(hidden, 0.0F);
+    agree(comm, "reading the tokenizer and head", [&] {
+        encoder.emplace(options.policy, options.encoding, model->config());
+        const SafetensorsReader reader(options.policy);
+        if (reader.has("score.weight"))
+            reader.read_f32("score.weight", {1, config.hidden}, 0, start);
+    });
+    const Features mine = compute_features(options, rows, *encoder, *model, comm);
+    std::vector<float> features = gather_features(mine, rows.size(), hidden, comm);
+    std::vector<float> scale = feature_scale(features, hidden);
+    for (std::size_t i = 0; i < features.size(); ++i)
+        features[i] /= scale[i % hidden];
+    return std::make_unique<RewardHeadObjective>(options, config, std::move(rows), std::move(features), std::move(scale),
+                                                 std::move(start), model->engine().description(), model->engine().peak_allocated_bytes());
+}
+
+} // namespace
+
+RowRange RowRange::parse(const std::string& text, std::int64_t rows)
+{
+    if (text.empty())
+        return {0, rows};
+    const auto bad = [&] {
+        return usage_error(cat("--rows ", text, " is no range A:B of rows 0 to ", rows, " (A is the first row, B the one after the last)"));
+    };
+    const std::size_t colon = text.find(':');
+    if (colon == std::string::npos)
+        throw bad();
+    RowRange range{0, rows};
+    const auto number = [&](std::size_t from, std::size_t to, std::int64_t& value) {
+        if (from == to)
+            return; // "A:" and ":B" are open
+        const auto [end, error] = std::from_chars(text.data() + from, text.data() + to, value);
+        if (error != std::errc() || end != text.data() + to)
+            throw bad();
+    };
+    number(0, colon, range.begin);
+    number(colon + 1, text.size(), range.end);
+    if (range.begin < 0 || range.begin > range.end || range.end > rows)
+        throw bad();
+    return range;
+}
+
+std::unique_ptr<TrainingObjective> make_reward_objective(const TrainOptions& options, Communicator& comm)
+{
+    Rows rows = open_rows(options, comm);
+    if (options.trainable == "head")
+        return make_head_objective(options, std::move(rows), comm);
+    std::unique_ptr<DecoderTrainer> model;
+    std::optional<RowEncoder> encoder;
+    agree(comm, "opening the start model", [&] {
+        model = std::make_unique<DecoderTrainer>(options, true);
+        encoder.emplace(options.policy, options.encoding, model->config());
+    });
+    auto objective = std::make_unique<RewardModelObjective>(options, std::move(model), std::move(*encoder), std::move(rows));
+    objective->set_costs(gather_costs(objective->rows(), comm, [&](std::int64_t row) { return objective->measure(row); }));
+    return objective;
+}
+
+} // namespace selm

@@ -1,0 +1,89 @@
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <nlohmann/json.hpp>
+
+#include "selm/kernels/tensor.hpp"
+#include "selm/model/decoder_config.hpp"
+#include "selm/shard/checkpoint.hpp"
+#include "selm/shard/flat_layout.hpp"
+
+namespace selm {
+
+/// Sums over rows of one optimizer step; added over ranks, then divided by the counts. Doubles only, so that one reduction
+/// carries all.
+struct StepSums {
+    enum Sum : std::size_t {
+        loss, dpo, optimism, reward_best, reward_worst, accuracy, margin, logp_best, logp_worst, logp_generated,
+        rows, generated_rows, tokens, count
+    };
+    std::array<double, count> values{};
+    double& operator[](Sum sum) { return values[sum]; }
+    double operator[](Sum sum) const { return values[sum]; }
+    double mean(Sum sum) const { return values[sum] / values[rows]; }
+};
+
+/// Weights that the passes read and the gradient that they add to, both flat: one buffer each on every rank.
+struct FlatBuffers {
+    FlatBuffers(std::vector<ParameterSpec> specs, int ranks)
+        : parameters(std::move(specs)), layout(parameters, ranks), compute(layout.total(), 0.0F), gradient(layout.total(), 0.0F)
+    {
+    }
+    FlatBuffers(const FlatBuffers&) = delete;
+    FlatBuffers& operator=(const FlatBuffers&) = delete;
+
+    Tensor view(std::vector<float>& buffer, std::size_t parameter) const
+    {
+        const ParameterSpec& spec = parameters[parameter];
+        return borrow_f32(buffer.data() + layout.offset(parameter), spec.rows, spec.columns);
+    }
+    std::int64_t bytes() const { return static_cast<std::int64_t>((compute.size() + gradient.size()) * sizeof(float)); }
+
+    std::vector<ParameterSpec> parameters;
+    FlatLayout layout;
+    std::vector<float> compute;
+    std::vector<float> gradient;
+};
+
+/**
+ * @brief What is trained: rows, a loss of a row and its gradient. The loop around it (batches, optimizer, checkpoints,
+ * metrics) is the same for all.
+ *
+ * Constructors are collective; the members are not (unless said).
+ */
+class TrainingObjective {
+  public:
+    virtual ~TrainingObjective() = default;
+
+    virtual std::int64_t rows() const = 0;
+    virtual std::int64_t cost(std::int64_t row) const = 0;         ///< tokens that the row is computed with; the same on every rank
+    virtual std::string row_name(std::int64_t row) const = 0;      ///< for messages
+    virtual std::vector<ParameterSpec> parameters() const = 0;
+    /// What a checkpoint is bound to besides the options.
+    virtual CheckpointBinding binding() const = 0;
+
+    /// Fills this rank's part of the start weights.
+    virtual void initialise(const FlatBuffers& flat, ShardInfo shard, std::span<float> master) const = 0;
+    /// flat.compute has new values; the first call comes before any accumulate().
+    virtual void refresh(FlatBuffers& flat) = 0;
+    /// Adds scale * d(sum of the rows' losses) to flat.gradient, and the rows' figures to `sums`; rows whose loss is not
+    /// finite go to `bad_rows`.
+    virtual void accumulate(std::span<const std::int64_t> rows, double scale, FlatBuffers& flat, StepSums& sums,
+                            std::vector<std::int64_t>& bad_rows) = 0;
+    virtual std::int64_t engine_bytes() const = 0;                 ///< peak of the engine's tensors
+    virtual std::string engine_description() const = 0;
+
+    /// The line of metrics.jsonl of a step, without what the loop adds; `sums` are global.
+    virtual nlohmann::ordered_json metrics(const StepSums& sums) const = 0;
+
+    /// Writes a whole model directory from the flat master weights [total]. Called on rank 0 alone.
+    virtual void write_model(const std::string& directory, const FlatBuffers& flat, std::span<const float> master) const = 0;
+};
+
+} // namespace selm
