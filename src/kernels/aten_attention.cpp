@@ -12,8 +12,8 @@
 #include "aten_engine.hpp"
 #include "aten_view.hpp"
 
-// n query rows, m key rows, G = NH/NK query heads per key/value head. Every product is of fresh contiguous matrices whose
-// shape depends on the row's own sequence only, so its bits do not depend on what else is in the call.
+// n query rows, m key rows, G = NH/NK query heads per key/value head. Every product is of fresh contiguous matrices
+// whose shape depends on the row's own sequence only, so its bits do not depend on what else is in the call.
 namespace selm {
 
 using aten::as_f32;
@@ -53,8 +53,8 @@ void expect_segments(std::span<const Segment> segments, std::int64_t tokens)
     SELM_EXPECT(next == tokens);
 }
 
-/// [n, heads, D] -> f32 [heads, n, D], always a copy: so its alignment is the same wherever x lies (the BLAS may take other
-/// kernels at other alignments).
+/// [n, heads, D] -> f32 [heads, n, D], always a copy: so its alignment is the same wherever x lies (the BLAS may take
+/// other kernels at other alignments).
 at::Tensor heads_first(const at::Tensor& x)
 {
     at::Tensor out = at::empty({x.size(1), x.size(0), x.size(2)}, x.options().dtype(at::kFloat));
@@ -104,12 +104,14 @@ at::Tensor visible(const at::Tensor& x, std::span<const Segment> segments, const
 }
 
 /// Adds d [NK, m, D] of the keys that visible() collected to acc [T, NK, D].
-void add_visible(at::Tensor acc, std::span<const Segment> segments, const Segment& segment, std::int64_t end, const at::Tensor& d)
+void add_visible(at::Tensor acc, std::span<const Segment> segments, const Segment& segment, std::int64_t end,
+                 const at::Tensor& d)
 {
     const at::Tensor rows = d.permute({1, 0, 2});
     const std::int64_t trunk_length = rows.size(0) - end;
     if (segment.trunk >= 0)
-        acc.narrow(0, segments[static_cast<std::size_t>(segment.trunk)].begin, trunk_length).add_(rows.narrow(0, 0, trunk_length));
+        acc.narrow(0, segments[static_cast<std::size_t>(segment.trunk)].begin, trunk_length)
+            .add_(rows.narrow(0, 0, trunk_length));
     acc.narrow(0, segment.begin, end).add_(rows.narrow(0, trunk_length, end));
 }
 
@@ -127,8 +129,9 @@ struct QueryTile {
 };
 
 /// Returns dq [NH, n, D] of the tile that ends at row `end` of its segment; adds to sums what its keys and values get.
-at::Tensor attend_backward(const QueryTile& tile, const Inputs& in, std::span<const Segment> segments, const Segment& segment,
-                           std::int64_t end, const AttentionShape& shape, const KeyValueGradients& sums)
+at::Tensor attend_backward(const QueryTile& tile, const Inputs& in, std::span<const Segment> segments,
+                           const Segment& segment, std::int64_t end, const AttentionShape& shape,
+                           const KeyValueGradients& sums)
 {
     const at::Tensor k = visible(in.k, segments, segment, end);
     const at::Tensor v = visible(in.v, segments, segment, end);
@@ -171,8 +174,8 @@ void expect_span(const CachedSpan& span, const AtenKvCache& cache, std::int64_t 
 
 } // namespace
 
-void AtenEngine::attention(const Tensor& qkv, const AttentionShape& shape, std::span<const Segment> segments, const Tensor& out,
-                           const Tensor& lse)
+void AtenEngine::attention(const Tensor& qkv, const AttentionShape& shape, std::span<const Segment> segments,
+                           const Tensor& out, const Tensor& lse)
 {
     SELM_EXPECT(out.rows == qkv.rows && out.columns == shape.heads * shape.head_dim);
     SELM_EXPECT(lse.empty() || (lse.rows == shape.heads && lse.columns == qkv.rows));
@@ -198,7 +201,8 @@ void AtenEngine::attention(const Tensor& qkv, const AttentionShape& shape, std::
 void AtenEngine::attention_backward(const Tensor& qkv, const AttentionShape& shape, std::span<const Segment> segments,
                                     const Tensor& out, const Tensor& lse, const Tensor& dout, const Tensor& dqkv)
 {
-    SELM_EXPECT(dqkv.rows == qkv.rows && dqkv.columns == qkv.columns && lse.rows == shape.heads && lse.columns == qkv.rows);
+    SELM_EXPECT(dqkv.rows == qkv.rows && dqkv.columns == qkv.columns && lse.rows == shape.heads &&
+                lse.columns == qkv.rows);
     SELM_EXPECT(out.rows == qkv.rows && dout.rows == qkv.rows);
     expect_segments(segments, qkv.rows);
     const c10::InferenceMode no_autograd;

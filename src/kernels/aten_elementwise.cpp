@@ -54,7 +54,8 @@ void AtenEngine::embed_backward(std::span<const std::int32_t> tokens, const Tens
 
 void AtenEngine::rms_norm(const Tensor& x_TH, const Tensor& gain, float eps, const Tensor& y_TH, const Tensor& rstd)
 {
-    SELM_EXPECT(gain.rows == 1 && gain.columns == x_TH.columns && y_TH.rows == x_TH.rows && y_TH.columns == x_TH.columns);
+    SELM_EXPECT(gain.rows == 1 && gain.columns == x_TH.columns && y_TH.rows == x_TH.rows &&
+                y_TH.columns == x_TH.columns);
     SELM_EXPECT(rstd.empty() || (rstd.rows == 1 && rstd.columns == x_TH.rows));
     const c10::InferenceMode no_autograd;
     if (x_TH.empty())
@@ -69,7 +70,8 @@ void AtenEngine::rms_norm(const Tensor& x_TH, const Tensor& gain, float eps, con
 void AtenEngine::rms_norm_backward(const Tensor& x_TH, const Tensor& gain, const Tensor& rstd, const Tensor& dy_TH,
                                    const Tensor& dx_TH, const Tensor& dgain)
 {
-    SELM_EXPECT(rstd.rows == 1 && rstd.columns == x_TH.rows && gain.columns == x_TH.columns && dgain.columns == x_TH.columns);
+    SELM_EXPECT(rstd.rows == 1 && rstd.columns == x_TH.rows && gain.columns == x_TH.columns &&
+                dgain.columns == x_TH.columns);
     SELM_EXPECT(dy_TH.rows == x_TH.rows && dx_TH.rows == x_TH.rows);
     const c10::InferenceMode no_autograd;
     if (x_TH.empty())
@@ -83,8 +85,8 @@ void AtenEngine::rms_norm_backward(const Tensor& x_TH, const Tensor& gain, const
     view(dx_TH).add_(g.sub(normalised.mul(projection)).mul_(scale));
 }
 
-void AtenEngine::rope(const Tensor& qkv, const AttentionShape& shape, std::span<const std::int32_t> positions, const Tensor& cos,
-                      const Tensor& sin, bool backward)
+void AtenEngine::rope(const Tensor& qkv, const AttentionShape& shape, std::span<const std::int32_t> positions,
+                      const Tensor& cos, const Tensor& sin, bool backward)
 {
     const std::int64_t half = shape.head_dim / 2;
     SELM_EXPECT(static_cast<std::int64_t>(positions.size()) == qkv.rows && cos.columns == half && sin.columns == half);

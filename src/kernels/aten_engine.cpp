@@ -60,7 +60,7 @@ at::Tensor product_f32(const at::Tensor& a, const at::Tensor& b)
 /// y = x w^T.
 void multiply_into(const at::Tensor& x, const at::Tensor& w, at::Tensor y)
 {
-    const at::Tensor rows = left_side(x);
+    const at::Tensor rows = left_side(x.to(w.scalar_type()));
     if (rows.size(0) == y.size(0) && y.scalar_type() == rows.scalar_type())
         at::mm_out(y, rows, w.t());
     else if (y.scalar_type() == at::kFloat)
@@ -111,7 +111,8 @@ void score_chunk(at::Tensor logits, std::span<const std::int32_t> targets, Devic
     const at::Tensor target = logits.gather(1, index).squeeze(1).cpu();
     const at::Tensor largest = largest_at.squeeze(1).cpu();
     const at::Tensor sum = logits.exp_().sum(1).cpu();
-    for (std::size_t i = 0; i < targets.size(); ++i) { // log on the host, one by one: ATen's vector log has scalar tails
+    // The logarithm is taken here, one by one: ATen's vector log has scalar tails.
+    for (std::size_t i = 0; i < targets.size(); ++i) {
         const double log_sum = std::log(static_cast<double>(sum.const_data_ptr<float>()[i]));
         log_probs[i] = static_cast<float>(static_cast<double>(target.const_data_ptr<float>()[i]) - log_sum);
         lse[i] = static_cast<float>(static_cast<double>(largest.const_data_ptr<float>()[i]) + log_sum);
@@ -132,8 +133,8 @@ AtenEngine::~AtenEngine() = default;
 
 std::string AtenEngine::description() const
 {
-    return cat("aten (LibTorch ", TORCH_VERSION, ", ", device_ == Device::cpu ? at::get_cpu_capability() : "CUDA", ", ", threads_,
-               threads_ == 1 ? " thread)" : " threads)");
+    return cat("aten (LibTorch ", TORCH_VERSION, ", ", device_ == Device::cpu ? at::get_cpu_capability() : "CUDA", ", ",
+               threads_, threads_ == 1 ? " thread)" : " threads)");
 }
 
 // --- memory ---------------------------------------------------------------------------------------------------------
@@ -142,7 +143,8 @@ Tensor AtenEngine::allocate(std::int64_t rows, std::int64_t columns, DType dtype
 {
     SELM_EXPECT(rows >= 0 && columns >= 0);
     const c10::InferenceMode no_autograd;
-    auto block = at::empty({rows, columns}, at::TensorOptions(aten::scalar_type(dtype)).device(aten::at_device(device_)));
+    auto block =
+        at::empty({rows, columns}, at::TensorOptions(aten::scalar_type(dtype)).device(aten::at_device(device_)));
     const auto bytes = rows * columns * static_cast<std::int64_t>(size_of(dtype));
     memory_->now += bytes;
     memory_->peak = std::max(memory_->peak, memory_->now);
@@ -165,7 +167,8 @@ void AtenEngine::copy_from_host(const void* host, const Tensor& to)
 {
     const c10::InferenceMode no_autograd;
     if (!to.empty())
-        view(to).copy_(view({nullptr, const_cast<void*>(host), to.rows, to.columns, to.columns, to.dtype, Device::cpu}));
+        view(to).copy_(
+            view({nullptr, const_cast<void*>(host), to.rows, to.columns, to.columns, to.dtype, Device::cpu}));
 }
 
 void AtenEngine::copy_to_host(const Tensor& from, void* host)
@@ -260,7 +263,8 @@ void AtenEngine::head_log_probs(const Tensor& h_RH, const PackedWeight& head, st
                                 std::span<float> log_probs, std::span<float> lse)
 {
     const auto rows = static_cast<std::size_t>(h_RH.rows);
-    SELM_EXPECT(h_RH.columns == head.inputs && targets.size() == rows && log_probs.size() == rows && lse.size() == rows);
+    SELM_EXPECT(h_RH.columns == head.inputs && targets.size() == rows && log_probs.size() == rows &&
+                lse.size() == rows);
     expect_targets(targets, head.outputs);
     const c10::InferenceMode no_autograd;
     if (rows == 0)
@@ -275,9 +279,9 @@ void AtenEngine::head_log_probs(const Tensor& h_RH, const PackedWeight& head, st
     }
 }
 
-void AtenEngine::head_log_probs_backward(const Tensor& h_RH, const PackedWeight& head, std::span<const std::int32_t> targets,
-                                         std::span<const float> lse, std::span<const float> g, const Tensor& dh_RH,
-                                         const Tensor& dw_VH)
+void AtenEngine::head_log_probs_backward(const Tensor& h_RH, const PackedWeight& head,
+                                         std::span<const std::int32_t> targets, std::span<const float> lse,
+                                         std::span<const float> g, const Tensor& dh_RH, const Tensor& dw_VH)
 {
     const auto rows = static_cast<std::size_t>(h_RH.rows);
     SELM_EXPECT(h_RH.columns == head.inputs && targets.size() == rows && lse.size() == rows && g.size() == rows);
@@ -317,8 +321,9 @@ std::unique_ptr<Engine> make_aten_engine(const EngineOptions& options)
     if (options.device == Device::cuda) {
 #ifdef SELM_ENABLE_CUDA
         if (at::detail::getCUDAHooks().deviceCount() == 0)
-            throw config_error("--device cuda: no CUDA device is visible (no GPU, no driver, or CUDA_VISIBLE_DEVICES hides it). "
-                               "Run on a node with a GPU, or pass --device cpu");
+            throw config_error(
+                "--device cuda: no CUDA device is visible (no GPU, no driver, or CUDA_VISIBLE_DEVICES hides it). "
+                "Run on a node with a GPU, or pass --device cpu");
 #else
         throw config_error("--device cuda: this build has no CUDA device path (SELM_ENABLE_CUDA is off). "
                            "Build the preset \"cuda\", or pass --device cpu");

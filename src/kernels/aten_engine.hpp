@@ -13,11 +13,13 @@ class Tensor;
 namespace selm {
 
 /**
- * @brief The `aten` engine. CPU: f32 activations and weights. CUDA: activations and weights of EngineOptions::activation.
+ * @brief The `aten` engine. CPU: f32 activations and weights. CUDA: activations and weights of
+ * EngineOptions::activation.
  *
- * Row invariance (CPU, f32, one thread) rests on: matrix products of at least 8 rows with aligned rows (the BLAS takes other
- * kernels for fewer, and for small matrices at other alignments), and transcendental functions only on matrices whose rows the iterator cannot merge into one run: vectorised
- * bodies and scalar tails of exp differ in the last bit, so where the tail falls may not depend on other rows.
+ * Row invariance (CPU, f32, one thread) rests on: matrix products of at least 8 rows with aligned rows (the BLAS takes
+ * other kernels for fewer, and for small matrices at other alignments), and transcendental functions only on matrices
+ * whose rows the iterator cannot merge into one run: vectorised bodies and scalar tails of exp differ in the last bit,
+ * so where the tail falls may not depend on other rows.
  */
 class AtenEngine final : public Engine {
   public:
@@ -45,12 +47,13 @@ class AtenEngine final : public Engine {
     void linear_backward_weight(const Tensor& dy_TN, const Tensor& x_TK, const Tensor& dw_NK) override;
 
     void embed(std::span<const std::int32_t> tokens, const Tensor& embedding_VH, const Tensor& x_TH) override;
-    void embed_backward(std::span<const std::int32_t> tokens, const Tensor& dx_TH, const Tensor& d_embedding_VH) override;
+    void embed_backward(std::span<const std::int32_t> tokens, const Tensor& dx_TH,
+                        const Tensor& d_embedding_VH) override;
     void rms_norm(const Tensor& x_TH, const Tensor& gain, float eps, const Tensor& y_TH, const Tensor& rstd) override;
-    void rms_norm_backward(const Tensor& x_TH, const Tensor& gain, const Tensor& rstd, const Tensor& dy_TH, const Tensor& dx_TH,
-                           const Tensor& dgain) override;
-    void rope(const Tensor& qkv, const AttentionShape& shape, std::span<const std::int32_t> positions, const Tensor& cos,
-              const Tensor& sin, bool backward) override;
+    void rms_norm_backward(const Tensor& x_TH, const Tensor& gain, const Tensor& rstd, const Tensor& dy_TH,
+                           const Tensor& dx_TH, const Tensor& dgain) override;
+    void rope(const Tensor& qkv, const AttentionShape& shape, std::span<const std::int32_t> positions,
+              const Tensor& cos, const Tensor& sin, bool backward) override;
     void swiglu(const Tensor& gate_up, const Tensor& a_TI) override;
     void swiglu_backward(const Tensor& gate_up, const Tensor& da_TI, const Tensor& a_TI) override;
     void gather_rows(const Tensor& x, std::span<const std::int64_t> index, const Tensor& out) override;
@@ -58,8 +61,8 @@ class AtenEngine final : public Engine {
 
     void attention(const Tensor& qkv, const AttentionShape& shape, std::span<const Segment> segments, const Tensor& out,
                    const Tensor& lse) override;
-    void attention_backward(const Tensor& qkv, const AttentionShape& shape, std::span<const Segment> segments, const Tensor& out,
-                            const Tensor& lse, const Tensor& dout, const Tensor& dqkv) override;
+    void attention_backward(const Tensor& qkv, const AttentionShape& shape, std::span<const Segment> segments,
+                            const Tensor& out, const Tensor& lse, const Tensor& dout, const Tensor& dqkv) override;
     std::unique_ptr<KvCache> make_cache(std::int64_t layers, std::int64_t slots, std::int64_t capacity,
                                         const AttentionShape& shape) override;
     void attention_cached(const Tensor& qkv, const AttentionShape& shape, KvCache& cache, std::int64_t layer,

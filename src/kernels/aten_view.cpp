@@ -11,7 +11,11 @@ at::Tensor blob(void* data, at::IntArrayRef sizes, at::IntArrayRef strides, at::
 {
     const at::Device where = at_device(device);
     // target_device spares a query of the pointer's device.
-    return at::for_blob(data, sizes).strides(strides).options(at::TensorOptions(type).device(where)).target_device(where).make_tensor();
+    return at::for_blob(data, sizes)
+        .strides(strides)
+        .options(at::TensorOptions(type).device(where))
+        .target_device(where)
+        .make_tensor();
 }
 
 at::Tensor host_vector(const void* data, std::size_t count, at::ScalarType type, Device device)

@@ -22,8 +22,8 @@ std::vector<Segment> segments_of(std::initializer_list<std::pair<std::int64_t, s
     return out;
 }
 
-constexpr AttentionShape tiny{3, 1, 16, 0.25f};       // 3 query heads share one key head
-constexpr AttentionShape smollm2{9, 3, 64, 0.125f};   // SmolLM2-135M
+constexpr AttentionShape tiny{3, 1, 16, 0.25f};     // 3 query heads share one key head
+constexpr AttentionShape smollm2{9, 3, 64, 0.125f}; // SmolLM2-135M
 constexpr AttentionShape no_sharing{2, 2, 8, 0.35355338f};
 constexpr AttentionShape one_head{1, 1, 48, 0.14433757f};
 
@@ -36,7 +36,8 @@ const std::vector<Case>& cases()
         {"prompt and three responses", tiny, segments_of({{7, -1}, {5, 0}, {1, 0}, {9, 0}})},
         {"two prompts", no_sharing, segments_of({{4, -1}, {3, 0}, {6, 0}, {11, -1}, {2, 3}, {8, 3}})},
         {"branches after other rows", one_head, segments_of({{3, -1}, {6, -1}, {5, 0}, {4, 1}, {3, 0}})},
-        {"many branches", tiny, segments_of({{10, -1}, {1, 0}, {2, 0}, {3, 0}, {4, 0}, {1, 0}, {1, 0}, {7, 0}, {15, 0}})},
+        {"many branches", tiny,
+         segments_of({{10, -1}, {1, 0}, {2, 0}, {3, 0}, {4, 0}, {1, 0}, {1, 0}, {7, 0}, {15, 0}})},
         {"lengths around 64", smollm2, segments_of({{63, -1}, {65, 0}, {64, 0}, {1, 0}})},
         {"lengths around 128", smollm2, segments_of({{129, -1}, {127, 0}, {130, 0}})},
         {"long trunk, short branches", no_sharing, segments_of({{300, -1}, {2, 0}, {1, 0}})},
@@ -57,7 +58,8 @@ TEST_P(AttentionTest, forward_as_defined)
     for (const Case& c : cases()) {
         const Matrix qkv = random_qkv(c);
         const reference::Attention expected = reference::attention(qkv, c.shape, c.segments);
-        const Tensor out = output(c.tokens(), c.shape.heads * c.shape.head_dim, 3), lse = output(c.shape.heads, c.tokens(), 5);
+        const Tensor out = output(c.tokens(), c.shape.heads * c.shape.head_dim, 3),
+                     lse = output(c.shape.heads, c.tokens(), 5);
         engine().attention(tensor(qkv, 1), c.shape, c.segments, out, lse);
         // Scores of a few units carry errors of about D^(1/2) u |score| <= 1e-6, and so do the weights, relatively; the
         // output is a mean of values below 5 with them.
@@ -72,7 +74,8 @@ TEST_P(AttentionTest, large_scores_do_not_overflow)
     for (const Case& c : {cases()[3], cases()[7]}) {
         const Matrix qkv = random_qkv(c, 8);
         const reference::Attention expected = reference::attention(qkv, c.shape, c.segments);
-        const Tensor out = output(c.tokens(), c.shape.heads * c.shape.head_dim), lse = output(c.shape.heads, c.tokens());
+        const Tensor out = output(c.tokens(), c.shape.heads * c.shape.head_dim),
+                     lse = output(c.shape.heads, c.tokens());
         engine().attention(tensor(qkv), c.shape, c.segments, out, lse);
         ASSERT_GT(largest_magnitude(expected.lse), 100) << "the case should be large";
         // scores of up to 400 with errors of a few 2^-24 of them: weights are off by up to 1e-4 of themselves
@@ -121,7 +124,8 @@ TEST_P(AttentionTest, a_segment_does_not_depend_on_others)
             for (std::int64_t i = 0; i < segment.length; ++i)
                 rows.push_back(segment.begin + i);
             const auto total = static_cast<std::int64_t>(rows.size());
-            const Tensor some = output(total, qkv.columns), some_out = output(total, width), some_lse = output(c.shape.heads, total);
+            const Tensor some = output(total, qkv.columns), some_out = output(total, width),
+                         some_lse = output(c.shape.heads, total);
             engine().gather_rows(qkv_t, rows, some);
             engine().attention(some, c.shape, segments, some_out, some_lse);
             const Matrix alone = values(some_out), alone_lse = values(some_lse);

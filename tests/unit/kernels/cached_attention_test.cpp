@@ -17,13 +17,14 @@ struct Sequence {
 
 class CachedAttentionTest : public EngineTest {
   protected:
-    Sequence sequence(const AttentionShape& shape, std::int64_t slot, std::int64_t prompt, std::int64_t length, unsigned seed)
+    Sequence sequence(const AttentionShape& shape, std::int64_t slot, std::int64_t prompt, std::int64_t length,
+                      unsigned seed)
     {
         return {slot, prompt, random_matrix(length, (shape.heads + 2 * shape.kv_heads) * shape.head_dim, seed)};
     }
 
-    /// Runs all sequences through one cache, each step holding the next piece of every unfinished one; sequence i starts
-    /// at step i * delay. Results: [length, NH*D] per sequence.
+    /// Runs all sequences through one cache, each step holding the next piece of every unfinished one; sequence i
+    /// starts at step i * delay. Results: [length, NH*D] per sequence.
     std::vector<Matrix> run(const AttentionShape& shape, const std::vector<Sequence>& sequences, std::int64_t slots,
                             std::int64_t capacity, std::size_t delay)
     {
@@ -62,9 +63,9 @@ class CachedAttentionTest : public EngineTest {
     }
 
   private:
-    void run_step(const AttentionShape& shape, const std::vector<Sequence>& sequences, const std::vector<CachedSpan>& spans,
-                  const std::vector<std::size_t>& owners, KvCache& cache, std::vector<Matrix>& results,
-                  std::vector<std::int64_t>& done)
+    void run_step(const AttentionShape& shape, const std::vector<Sequence>& sequences,
+                  const std::vector<CachedSpan>& spans, const std::vector<std::size_t>& owners, KvCache& cache,
+                  std::vector<Matrix>& results, std::vector<std::int64_t>& done)
     {
         const std::int64_t rows = spans.back().row_begin + spans.back().count;
         Matrix qkv(rows, sequences[0].qkv.columns);
@@ -99,14 +100,15 @@ TEST_P(CachedAttentionTest, prefill_and_decode_as_defined)
     for (const AttentionShape shape : {AttentionShape{3, 1, 16, 0.25f}, AttentionShape{9, 3, 64, 0.125f}}) {
         std::vector<Sequence> sequences;
         for (std::size_t i = 0; i < lengths.size(); ++i)
-            sequences.push_back(sequence(shape, static_cast<std::int64_t>((5 * i + 3) % lengths.size()), lengths[i].prompt,
-                                         lengths[i].length, static_cast<unsigned>(i)));
+            sequences.push_back(sequence(shape, static_cast<std::int64_t>((5 * i + 3) % lengths.size()),
+                                         lengths[i].prompt, lengths[i].length, static_cast<unsigned>(i)));
         const std::vector<Matrix> results = run(shape, sequences, static_cast<std::int64_t>(lengths.size()), 131, 2);
         for (std::size_t i = 0; i < lengths.size(); ++i) {
             const Segment whole{0, lengths[i].length, -1};
             const Matrix expected = reference::attention(sequences[i].qkv, shape, std::span(&whole, 1)).out;
-            expect_close(results[i], expected, 5e-6, // as in AttentionTest
-                         cat("head_dim ", shape.head_dim, " prompt ", lengths[i].prompt, " length ", lengths[i].length));
+            expect_close(
+                results[i], expected, 5e-6, // as in AttentionTest
+                cat("head_dim ", shape.head_dim, " prompt ", lengths[i].prompt, " length ", lengths[i].length));
         }
     }
 }
@@ -130,7 +132,8 @@ TEST_P(CachedAttentionTest, bits_do_not_depend_on_slot_capacity_and_company)
             EXPECT_EQ(staggered[i].values, together[i].values) << "staggered, other slots: sequence " << i;
             Sequence single = sequences[i];
             single.slot = 0;
-            EXPECT_EQ(run(shape, {single}, 1, lengths[i].length, 0)[0].values, together[i].values) << "alone: sequence " << i;
+            EXPECT_EQ(run(shape, {single}, 1, lengths[i].length, 0)[0].values, together[i].values)
+                << "alone: sequence " << i;
         }
     }
 }

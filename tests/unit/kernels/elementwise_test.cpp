@@ -20,7 +20,8 @@ TEST_P(ElementwiseTest, embed_takes_rows_of_the_embedding)
         for (std::int64_t h = 0; h < 33; ++h) {
             const double value = table(tokens[static_cast<std::size_t>(t)], h);
             EXPECT_EQ(taken(t, h), value);
-            EXPECT_EQ(taken_rounded(t, h), static_cast<double>(bf16_to_float(float_to_bf16(static_cast<float>(value)))));
+            EXPECT_EQ(taken_rounded(t, h),
+                      static_cast<double>(bf16_to_float(float_to_bf16(static_cast<float>(value)))));
         }
     }
 }
@@ -83,7 +84,8 @@ TEST_P(ElementwiseTest, rms_norm_backward_accumulates)
             reference::NormGradient expected = reference::rms_norm_backward(x, gain, 1e-5, dy);
             // The two terms of dx cancel (wholly at width 1): errors are relative to the terms, |dy gain| rstd.
             const std::vector<double> scale = reference::rms_norm(x, gain, 1e-5).rstd;
-            const double largest = largest_magnitude(dy) * largest_magnitude(gain) * largest_magnitude(as_row(std::span<const double>(scale)));
+            const double largest = largest_magnitude(dy) * largest_magnitude(gain) *
+                                   largest_magnitude(as_row(std::span<const double>(scale)));
             for (std::size_t i = 0; i < expected.dx.values.size(); ++i)
                 expected.dx.values[i] += dx_before.values[i];
             for (std::size_t i = 0; i < expected.dgain.values.size(); ++i)
@@ -105,7 +107,8 @@ RopeTable rope_table(std::int64_t positions, std::int64_t half)
     RopeTable table{Matrix(positions, half), Matrix(positions, half)};
     for (std::int64_t p = 0; p < positions; ++p) {
         for (std::int64_t j = 0; j < half; ++j) {
-            const double angle = static_cast<double>(p) * std::pow(1e4, -static_cast<double>(j) / static_cast<double>(half));
+            const double angle =
+                static_cast<double>(p) * std::pow(1e4, -static_cast<double>(j) / static_cast<double>(half));
             table.cos(p, j) = static_cast<double>(static_cast<float>(std::cos(angle)));
             table.sin(p, j) = static_cast<double>(static_cast<float>(std::sin(angle)));
         }
@@ -115,7 +118,8 @@ RopeTable rope_table(std::int64_t positions, std::int64_t half)
 
 TEST_P(ElementwiseTest, rope_turns_queries_and_keys)
 {
-    for (const AttentionShape shape : {AttentionShape{3, 1, 16, 0.25f}, AttentionShape{9, 3, 64, 0.125f}, AttentionShape{1, 1, 2, 1}}) {
+    for (const AttentionShape shape :
+         {AttentionShape{3, 1, 16, 0.25f}, AttentionShape{9, 3, 64, 0.125f}, AttentionShape{1, 1, 2, 1}}) {
         const RopeTable table = rope_table(300, shape.head_dim / 2);
         const std::vector<std::int32_t> positions = {0, 1, 299, 7, 7, 64, 128};
         const Matrix qkv = random_matrix(7, (shape.heads + 2 * shape.kv_heads) * shape.head_dim, 1);
@@ -150,8 +154,10 @@ TEST_P(ElementwiseTest, swiglu_and_its_backward)
             // slope = sigma + gate sigma (1 - sigma) cancels: its error is relative to the terms, at most 1 + |gate|
             const Matrix gradient = reference::swiglu_backward(gate_up, da);
             const auto gradient_tolerance = [&](std::size_t i) {
-                const auto row = static_cast<std::int64_t>(i) / (2 * width), column = static_cast<std::int64_t>(i) % width;
-                const double factors = std::abs(da(row, column)) * std::max(1.0, std::abs(gate_up(row, width + column)));
+                const auto row = static_cast<std::int64_t>(i) / (2 * width),
+                           column = static_cast<std::int64_t>(i) % width;
+                const double factors =
+                    std::abs(da(row, column)) * std::max(1.0, std::abs(gate_up(row, width + column)));
                 return 1e-6 * factors * (1 + std::abs(gate_up(row, column)));
             };
             expect_close(values(both), gradient, gradient_tolerance, cat("swiglu backward of ", rows, " x ", width));

@@ -48,8 +48,8 @@ inline double largest_magnitude(const Matrix& a)
 }
 
 /// |actual - expected| <= tolerance(element); NaN fails.
-inline void expect_close(const Matrix& actual, const Matrix& expected, const std::function<double(std::size_t)>& tolerance,
-                         const std::string& what)
+inline void expect_close(const Matrix& actual, const Matrix& expected,
+                         const std::function<double(std::size_t)>& tolerance, const std::string& what)
 {
     ASSERT_EQ(actual.rows, expected.rows) << what;
     ASSERT_EQ(actual.columns, expected.columns) << what;
@@ -65,15 +65,17 @@ inline void expect_close(const Matrix& actual, const Matrix& expected, const std
             worst = i;
         }
     }
-    EXPECT_EQ(bad, 0u) << what << ": " << bad << " of " << expected.values.size() << " elements are off; the worst, row "
-                       << worst / static_cast<std::size_t>(expected.columns) << " column "
-                       << worst % static_cast<std::size_t>(expected.columns) << ", is " << actual.values[worst] << " instead of "
-                       << expected.values[worst] << " (" << worst_ratio << " times the tolerance)";
+    EXPECT_EQ(bad, 0u) << what << ": " << bad << " of " << expected.values.size()
+                       << " elements are off; the worst, row " << worst / static_cast<std::size_t>(expected.columns)
+                       << " column " << worst % static_cast<std::size_t>(expected.columns) << ", is "
+                       << actual.values[worst] << " instead of " << expected.values[worst] << " (" << worst_ratio
+                       << " times the tolerance)";
 }
 
 inline void expect_close(const Matrix& actual, const Matrix& expected, double tolerance, const std::string& what)
 {
-    expect_close(actual, expected, [tolerance](std::size_t) { return tolerance; }, what);
+    expect_close(
+        actual, expected, [tolerance](std::size_t) { return tolerance; }, what);
 }
 
 /// f32 sums of K products, in any order, are off by at most K u sum|a b| (u = 2^-24), in practice by less than about
@@ -81,7 +83,8 @@ inline void expect_close(const Matrix& actual, const Matrix& expected, double to
 inline constexpr double product_tolerance = 32.0 / (1 << 24);
 
 /// actual = a b (+ added), every element within product_tolerance of the sum of its terms' magnitudes.
-inline void expect_product(const Matrix& actual, const Matrix& a, const Matrix& b, const Matrix* added, const std::string& what)
+inline void expect_product(const Matrix& actual, const Matrix& a, const Matrix& b, const Matrix* added,
+                           const std::string& what)
 {
     Matrix expected = reference::product(a, b);
     Matrix scale = reference::product(reference::magnitudes(a), reference::magnitudes(b));
@@ -112,19 +115,19 @@ inline Matrix as_row(std::span<const float> values)
 /**
  * @brief Every test of the suite runs on each engine.
  *
- * Tensors made here have rows that lie apart by more than their columns when extra_stride > 0; the gaps hold NaN and must
- * still do so after the test: an engine reads and writes inside the matrix only.
+ * Tensors made here have rows that lie apart by more than their columns when extra_stride > 0; the gaps hold NaN and
+ * must still do so after the test: an engine reads and writes inside the matrix only.
  */
 class EngineTest : public ::testing::TestWithParam<std::string> {
   protected:
     void SetUp() override
     {
         try {
-            engine_ = make_engine({.engine = GetParam()});
+            engine_ = make_engine(options());
         } catch (const Error& error) {
-            GTEST_SKIP() << error.what(); // a CPU without AVX2 and FMA has no xsmm engine
+            GTEST_SKIP() << error.what(); // xsmm needs a CPU with AVX2 and FMA, aten_cuda a GPU
         }
-        ASSERT_EQ(engine_->name(), GetParam());
+        ASSERT_EQ(engine_->name(), options().engine);
     }
 
     void TearDown() override
@@ -134,8 +137,16 @@ class EngineTest : public ::testing::TestWithParam<std::string> {
             for (std::int64_t row = 0; row < s.whole.rows; ++row)
                 for (std::int64_t column = s.columns; column < s.whole.columns; ++column)
                     ASSERT_TRUE(std::isnan(all[static_cast<std::size_t>(row * s.whole.columns + column)]))
-                        << "row " << row << " column " << column << " beyond the matrix's " << s.columns << " was written";
+                        << "row " << row << " column " << column << " beyond the matrix's " << s.columns
+                        << " was written";
         }
+    }
+
+    static EngineOptions options()
+    {
+        if (GetParam() == "aten_cuda") // f32: the tolerances are those of f32
+            return {.engine = "aten", .device = Device::cuda, .activation = DType::f32};
+        return {.engine = GetParam()};
     }
 
     Engine& engine() { return *engine_; }
@@ -204,5 +215,10 @@ inline std::string engine_name(const ::testing::TestParamInfo<std::string>& info
 
 } // namespace selm
 
-#define SELM_INSTANTIATE_ENGINES(suite)                                                                                        \
-    INSTANTIATE_TEST_SUITE_P(Engines, suite, ::testing::Values("aten", "xsmm"), ::selm::engine_name)
+#ifdef SELM_ENABLE_CUDA
+#define SELM_TEST_ENGINES "aten", "xsmm", "aten_cuda"
+#else
+#define SELM_TEST_ENGINES "aten", "xsmm"
+#endif
+#define SELM_INSTANTIATE_ENGINES(suite)                                                                                \
+    INSTANTIATE_TEST_SUITE_P(Engines, suite, ::testing::Values(SELM_TEST_ENGINES), ::selm::engine_name)

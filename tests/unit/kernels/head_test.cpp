@@ -6,7 +6,7 @@ namespace {
 struct Shape {
     std::int64_t rows, vocabulary, hidden;
 };
-const std::vector<Shape> shapes = {{1, 1, 1},    {1, 99, 33},    {3, 99, 33},  {8, 64, 16},   {127, 99, 33},
+const std::vector<Shape> shapes = {{1, 1, 1},      {1, 99, 33},   {3, 99, 33},   {8, 64, 16},   {127, 99, 33},
                                    {129, 100, 32}, {300, 99, 16}, {5, 3001, 64}, {2, 1000, 576}};
 
 /// Hidden states and weights that give logits of a few units, as a model's do.
@@ -31,7 +31,8 @@ struct Problem {
 /// What f32 logits may be off by: 8 u of the largest sum of magnitudes (u = 2^-24; three times the largest error seen).
 double logit_error(const Problem& p)
 {
-    const Matrix sums = reference::product(reference::magnitudes(p.h), reference::transposed(reference::magnitudes(p.w)));
+    const Matrix sums =
+        reference::product(reference::magnitudes(p.h), reference::transposed(reference::magnitudes(p.w)));
     return 8.0 / (1 << 24) * largest_magnitude(sums);
 }
 
@@ -68,16 +69,17 @@ TEST_P(HeadTest, log_probs_as_defined)
         const Result result = log_probs(p, 3);
         // A log-prob is a difference of logits (the log-sum-exp is a mean of them, with a log good to a few u).
         const double tolerance = 2 * logit_error(p) + 2e-6;
-        expect_close(as_row(std::span<const float>(result.log_probs)), as_row(std::span<const double>(expected.log_probs)), tolerance,
-                     text(s) + ", log-probs");
-        expect_close(as_row(std::span<const float>(result.lse)), as_row(std::span<const double>(expected.lse)), tolerance,
-                     text(s) + ", lse");
+        expect_close(as_row(std::span<const float>(result.log_probs)),
+                     as_row(std::span<const double>(expected.log_probs)), tolerance, text(s) + ", log-probs");
+        expect_close(as_row(std::span<const float>(result.lse)), as_row(std::span<const double>(expected.lse)),
+                     tolerance, text(s) + ", lse");
         for (const float log_prob : result.log_probs)
             EXPECT_LE(log_prob, 0);
     }
 }
 
-// Near-certain and near-impossible targets, logits of hundreds: nothing overflows, and a log-prob near 0 keeps its digits.
+// Near-certain and near-impossible targets, logits of hundreds: nothing overflows, and a log-prob near 0 keeps its
+// digits.
 TEST_P(HeadTest, extreme_logits_are_finite)
 {
     Problem p({6, 99, 33}, 200);
@@ -92,7 +94,8 @@ TEST_P(HeadTest, extreme_logits_are_finite)
     const reference::HeadScores expected = reference::head_log_probs(p.h, p.w, p.targets);
     const Result result = log_probs(p);
     for (std::size_t r = 0; r < 6; ++r) {
-        EXPECT_NEAR(static_cast<double>(result.log_probs[r]), expected.log_probs[r], 5e-4 + 1e-6 * std::abs(expected.log_probs[r]));
+        EXPECT_NEAR(static_cast<double>(result.log_probs[r]), expected.log_probs[r],
+                    5e-4 + 1e-6 * std::abs(expected.log_probs[r]));
         EXPECT_LE(result.log_probs[r], 0);
     }
 }
@@ -111,8 +114,10 @@ TEST_P(HeadTest, backward_as_defined)
             expected_dw.values[i] += before.values[i];
         // Softmax weights are off by the logits' error, relatively; dh sums them over w, dw over the rows.
         const double relative = 2 * logit_error(p) + 2e-6;
-        expect_close(values(dh), expected.dh, relative * std::max(1.0, largest_magnitude(expected.dh)), text(s) + ", dh");
-        expect_close(values(dw), expected_dw, relative * std::max(1.0, largest_magnitude(expected_dw)), text(s) + ", dw");
+        expect_close(values(dh), expected.dh, relative * std::max(1.0, largest_magnitude(expected.dh)),
+                     text(s) + ", dh");
+        expect_close(values(dw), expected_dw, relative * std::max(1.0, largest_magnitude(expected_dw)),
+                     text(s) + ", dw");
     }
 }
 

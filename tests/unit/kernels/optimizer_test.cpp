@@ -57,12 +57,16 @@ TEST(AdamWTest, steps_as_torch_does)
             const Floats exp_avg_sq = step.at("exp_avg_sq").get<Floats>();
             double largest_exp_avg = 0;
             for (std::size_t i = 0; i < initial.size(); ++i) {
-                const std::string at = cat("rate ", options.learning_rate, " step ", options.step_count, " element ", i);
-                EXPECT_NEAR(state.master[i], master[i], relative * std::abs(double{master[i]}) + relative * options.learning_rate) << at;
+                const std::string at =
+                    cat("rate ", options.learning_rate, " step ", options.step_count, " element ", i);
+                EXPECT_NEAR(state.master[i], master[i],
+                            relative * std::abs(double{master[i]}) + relative * options.learning_rate)
+                    << at;
                 EXPECT_NEAR(state.exp_avg_sq[i], exp_avg_sq[i], relative * double{exp_avg_sq[i]}) << at;
                 // exp_avg is a sum with cancellation: relative to the largest gradient so far
                 const double scaled = std::abs(step.at("gradient")[i].get<double>()) * options.gradient_scale;
-                largest_exp_avg = std::max({std::abs(double{exp_avg[i]}), scaled, 10 * std::sqrt(double{exp_avg_sq[i]})});
+                largest_exp_avg =
+                    std::max({std::abs(double{exp_avg[i]}), scaled, 10 * std::sqrt(double{exp_avg_sq[i]})});
                 EXPECT_NEAR(state.exp_avg[i], exp_avg[i], relative * largest_exp_avg) << at;
                 EXPECT_EQ(state.compute[i], state.master[i]) << at;
             }
@@ -88,7 +92,8 @@ TEST(AdamWTest, any_length_as_defined)
             for (std::size_t i = 0; i < size; ++i) {
                 reference::adamw(options, double{gradient[i]}, master[i], exp_avg[i], exp_avg_sq[i]);
                 // the update, a few times 1e-3, is off by some u of itself, the weight by u of itself per step
-                ASSERT_NEAR(state.master[i], master[i], 3e-7 * std::abs(master[i]) + 2e-6 * options.learning_rate) << size << " " << i;
+                ASSERT_NEAR(state.master[i], master[i], 3e-7 * std::abs(master[i]) + 2e-6 * options.learning_rate)
+                    << size << " " << i;
                 ASSERT_NEAR(state.exp_avg_sq[i], exp_avg_sq[i], relative * exp_avg_sq[i]);
                 ASSERT_NEAR(state.exp_avg[i], exp_avg[i], 1e-6);
             }
@@ -172,14 +177,17 @@ TEST(Bf16Test, rounds_to_nearest_even)
 {
     // bf16 has 7 fraction bits: its step at 1 is 2^-7
     const double step = 1.0 / 128;
-    const auto rounded = [](double value) { return static_cast<double>(bf16_to_float(float_to_bf16(static_cast<float>(value)))); };
-    EXPECT_EQ(rounded(1 + step / 2), 1);                          // a tie: to the even fraction
-    EXPECT_EQ(rounded(1 + 3 * step / 2), 1 + 2 * step);           // a tie: up to the even one
-    EXPECT_EQ(rounded(1 + step / 2 + 1e-6), 1 + step);            // just above
-    EXPECT_EQ(rounded(1 + 3 * step / 2 - 1e-6), 1 + step);        // just below
+    const auto rounded = [](double value) {
+        return static_cast<double>(bf16_to_float(float_to_bf16(static_cast<float>(value))));
+    };
+    EXPECT_EQ(rounded(1 + step / 2), 1);                   // a tie: to the even fraction
+    EXPECT_EQ(rounded(1 + 3 * step / 2), 1 + 2 * step);    // a tie: up to the even one
+    EXPECT_EQ(rounded(1 + step / 2 + 1e-6), 1 + step);     // just above
+    EXPECT_EQ(rounded(1 + 3 * step / 2 - 1e-6), 1 + step); // just below
     EXPECT_EQ(rounded(-(1 + 3 * step / 2)), -(1 + 2 * step));
     EXPECT_TRUE(std::isinf(bf16_to_float(float_to_bf16(3.4e38f)))) << "beyond the largest bf16";
-    EXPECT_TRUE(std::isnan(bf16_to_float(float_to_bf16(std::bit_cast<float>(0x7f800001u))))) << "a NaN whose payload is cut off";
+    EXPECT_TRUE(std::isnan(bf16_to_float(float_to_bf16(std::bit_cast<float>(0x7f800001u)))))
+        << "a NaN whose payload is cut off";
     EXPECT_TRUE(std::signbit(bf16_to_float(float_to_bf16(-0.0f))));
 }
 

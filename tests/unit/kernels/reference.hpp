@@ -9,7 +9,8 @@
 
 #include "selm/kernels/engine.hpp"
 
-// The operations of Engine as plain loops in double, written from their definitions: what the engines are compared with.
+// The operations of Engine as plain loops in double, written from their definitions: what the engines are compared
+// with.
 namespace reference {
 
 struct Matrix {
@@ -20,7 +21,10 @@ struct Matrix {
     Matrix() = default;
     Matrix(std::int64_t r, std::int64_t c) : rows(r), columns(c), values(static_cast<std::size_t>(r * c)) {}
     double& operator()(std::int64_t r, std::int64_t c) { return values[static_cast<std::size_t>(r * columns + c)]; }
-    double operator()(std::int64_t r, std::int64_t c) const { return values[static_cast<std::size_t>(r * columns + c)]; }
+    double operator()(std::int64_t r, std::int64_t c) const
+    {
+        return values[static_cast<std::size_t>(r * columns + c)];
+    }
 };
 
 // --- linear ---------------------------------------------------------------------------------------------------------
@@ -97,8 +101,8 @@ inline NormGradient rms_norm_backward(const Matrix& x, const Matrix& gain, doubl
 }
 
 /// Query and key heads as complex numbers (x_j, x_{j + D/2}), turned by the angle of (position, j).
-inline Matrix rope(Matrix qkv, const selm::AttentionShape& shape, std::span<const std::int32_t> positions, const Matrix& cos,
-                   const Matrix& sin, bool backward)
+inline Matrix rope(Matrix qkv, const selm::AttentionShape& shape, std::span<const std::int32_t> positions,
+                   const Matrix& cos, const Matrix& sin, bool backward)
 {
     const std::int64_t half = shape.head_dim / 2;
     for (std::int64_t t = 0; t < qkv.rows; ++t) {
@@ -169,7 +173,8 @@ struct Columns {
 inline Columns columns_of(const selm::AttentionShape& shape, std::int64_t head)
 {
     const std::int64_t kv = head / (shape.heads / shape.kv_heads);
-    return {head * shape.head_dim, (shape.heads + kv) * shape.head_dim, (shape.heads + shape.kv_heads + kv) * shape.head_dim};
+    return {head * shape.head_dim, (shape.heads + kv) * shape.head_dim,
+            (shape.heads + shape.kv_heads + kv) * shape.head_dim};
 }
 
 inline std::vector<double> scaled_scores(const Matrix& qkv, const selm::AttentionShape& shape, std::int64_t row,
@@ -201,7 +206,8 @@ struct Attention {
     Matrix lse; ///< [NH, T]
 };
 
-inline Attention attention(const Matrix& qkv, const selm::AttentionShape& shape, std::span<const selm::Segment> segments)
+inline Attention attention(const Matrix& qkv, const selm::AttentionShape& shape,
+                           std::span<const selm::Segment> segments)
 {
     Attention result{Matrix(qkv.rows, shape.heads * shape.head_dim), Matrix(shape.heads, qkv.rows)};
     for (const selm::Segment& segment : segments) {
@@ -221,8 +227,8 @@ inline Attention attention(const Matrix& qkv, const selm::AttentionShape& shape,
     return result;
 }
 
-inline Matrix attention_backward(const Matrix& qkv, const selm::AttentionShape& shape, std::span<const selm::Segment> segments,
-                                 const Matrix& dout)
+inline Matrix attention_backward(const Matrix& qkv, const selm::AttentionShape& shape,
+                                 std::span<const selm::Segment> segments, const Matrix& dout)
 {
     Matrix dqkv(qkv.rows, qkv.columns);
     for (const selm::Segment& segment : segments) {

@@ -38,7 +38,8 @@ TEST(ReferenceTest, attention_backward_equals_differences)
     const AttentionShape shape{4, 2, 3, 0.57735027f};
     const std::vector<Segment> segments = {{0, 4, -1}, {4, 3, 0}, {7, 1, 0}, {8, 2, -1}, {10, 2, 3}};
     const Matrix qkv = random_matrix(12, 24, 1), d_out = random_matrix(12, 12, 2);
-    const Matrix numeric = differences([&](const Matrix& x) { return dot(reference::attention(x, shape, segments).out, d_out); }, qkv);
+    const Matrix numeric =
+        differences([&](const Matrix& x) { return dot(reference::attention(x, shape, segments).out, d_out); }, qkv);
     expect_close(reference::attention_backward(qkv, shape, segments, d_out), numeric, tolerance, "dqkv");
 }
 
@@ -46,9 +47,11 @@ TEST(ReferenceTest, rms_norm_backward_equals_differences)
 {
     const Matrix x = random_matrix(3, 5, 1), gain = random_matrix(1, 5, 2), dy = random_matrix(3, 5, 3);
     const reference::NormGradient gradient = reference::rms_norm_backward(x, gain, 1e-3, dy);
-    expect_close(gradient.dx, differences([&](const Matrix& v) { return dot(reference::rms_norm(v, gain, 1e-3).y, dy); }, x), tolerance,
-                 "dx");
-    expect_close(gradient.dgain, differences([&](const Matrix& v) { return dot(reference::rms_norm(x, v, 1e-3).y, dy); }, gain),
+    expect_close(gradient.dx,
+                 differences([&](const Matrix& v) { return dot(reference::rms_norm(v, gain, 1e-3).y, dy); }, x),
+                 tolerance, "dx");
+    expect_close(gradient.dgain,
+                 differences([&](const Matrix& v) { return dot(reference::rms_norm(x, v, 1e-3).y, dy); }, gain),
                  tolerance, "dgain");
 }
 
@@ -56,7 +59,8 @@ TEST(ReferenceTest, swiglu_backward_equals_differences)
 {
     const Matrix gate_up = random_matrix(3, 10, 1, 2), da = random_matrix(3, 5, 2);
     expect_close(reference::swiglu_backward(gate_up, da),
-                 differences([&](const Matrix& v) { return dot(reference::swiglu(v), da); }, gate_up), tolerance, "d gate_up");
+                 differences([&](const Matrix& v) { return dot(reference::swiglu(v), da); }, gate_up), tolerance,
+                 "d gate_up");
 }
 
 TEST(ReferenceTest, head_backward_equals_differences)

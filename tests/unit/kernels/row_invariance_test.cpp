@@ -2,7 +2,8 @@
 
 #include "engine_test_support.hpp"
 
-// A row has the same bits alone, among others, and wherever it stands. Attention: attention_test, cached_attention_test.
+// A row has the same bits alone, among others, and wherever it stands. Attention: attention_test,
+// cached_attention_test.
 namespace selm {
 namespace {
 
@@ -46,7 +47,8 @@ class RowInvarianceTest : public EngineTest {
             for (std::size_t i = 0; i < selection.size(); ++i)
                 for (std::int64_t c = 0; c < some.columns; ++c)
                     ASSERT_EQ(some(static_cast<std::int64_t>(i), c), together(selection[i], c))
-                        << what << ": row " << selection[i] << " at place " << i << " of " << selection.size() << ", column " << c;
+                        << what << ": row " << selection[i] << " at place " << i << " of " << selection.size()
+                        << ", column " << c;
         }
     }
 };
@@ -56,7 +58,8 @@ TEST_P(RowInvarianceTest, linear)
     struct Shape {
         std::int64_t outputs, inputs;
     };
-    for (const Shape s : {Shape{7, 5}, Shape{33, 99}, Shape{99, 33}, Shape{64, 64}, Shape{65, 17}, Shape{960, 576}, Shape{576, 1536}}) {
+    for (const Shape s :
+         {Shape{7, 5}, Shape{33, 99}, Shape{99, 33}, Shape{64, 64}, Shape{65, 17}, Shape{960, 576}, Shape{576, 1536}}) {
         const Matrix x = random_matrix(all_rows, s.inputs, 1), w = random_matrix(s.outputs, s.inputs, 2);
         const Matrix residual = random_matrix(all_rows, s.outputs, 3);
         const PackedWeight weight = packed(w);
@@ -112,11 +115,12 @@ TEST_P(RowInvarianceTest, norm_and_activation)
     for (const std::int64_t width : {1, 5, 33, 64, 99, 576, 1536}) {
         const Matrix x = random_matrix(all_rows, 2 * width, 1), gain = random_matrix(1, 2 * width, 2);
         for (const std::int64_t extra : {0, 3}) {
-            expect_invariant(cat("rms_norm of ", 2 * width, " stride +", extra), [&](std::span<const std::int64_t> rows) {
-                const Tensor y = output(static_cast<std::int64_t>(rows.size()), 2 * width, extra);
-                engine().rms_norm(tensor(rows_of(x, rows), extra), tensor(gain), 1e-5f, y, {});
-                return values(y);
-            });
+            expect_invariant(cat("rms_norm of ", 2 * width, " stride +", extra),
+                             [&](std::span<const std::int64_t> rows) {
+                                 const Tensor y = output(static_cast<std::int64_t>(rows.size()), 2 * width, extra);
+                                 engine().rms_norm(tensor(rows_of(x, rows), extra), tensor(gain), 1e-5f, y, {});
+                                 return values(y);
+                             });
             expect_invariant(cat("swiglu of ", width, " stride +", extra), [&](std::span<const std::int64_t> rows) {
                 const Tensor a = output(static_cast<std::int64_t>(rows.size()), width, extra);
                 engine().swiglu(tensor(rows_of(x, rows), extra), a);
