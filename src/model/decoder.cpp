@@ -269,6 +269,10 @@ void Decoder::backward(Pass& pass, const Tensor& d_hidden, GradientSink& gradien
         backward.attention(layer, state.layers[static_cast<std::size_t>(layer)], w);
         d.weights.release(layer);
     }
+    for (std::int64_t i = 0; i < tokens; ++i) { // see DecoderConfig::padding_token
+        if (state.batch.tokens[static_cast<std::size_t>(i)] == d.config.padding_token)
+            d.engine.fill_zero(d_x.slice_rows(i, 1));
+    }
     d.engine.embed_backward(state.batch.tokens, d_x, gradients.gradient(ParameterIndex::embedding));
     gradients.ready(ParameterIndex::embedding);
     state.layers.clear();

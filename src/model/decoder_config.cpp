@@ -162,6 +162,18 @@ double rope_theta_of(const ConfigFile& file)
     return theta ? file.positive("rope_theta", theta) : 10000.0; // the first Llama checkpoints have no such key
 }
 
+/// torch.nn.Embedding counts a negative padding_idx from the end; the first Llama checkpoints say -1.
+std::int64_t padding_token_of(const ConfigFile& file, std::int64_t vocabulary)
+{
+    const json* value = file.find("pad_token_id");
+    if (!value)
+        return -1;
+    const std::int64_t token = value->is_number_integer() ? value->get<std::int64_t>() : vocabulary;
+    if (token >= vocabulary || token < -vocabulary)
+        file.fail(cat("pad_token_id ", value->dump(), " is no token id (vocab_size is ", vocabulary, ")"));
+    return token < 0 ? token + vocabulary : token;
+}
+
 void require_one_label(const ConfigFile& file)
 {
     std::int64_t labels = 2; // transformers' default
@@ -205,6 +217,7 @@ DecoderConfig DecoderConfig::from_directory(const std::string& directory)
         file.fail(cat("num_attention_heads ", config.heads, " is no multiple of num_key_value_heads ", config.kv_heads));
     refuse_unsupported(file, config.max_positions);
     config.rope_theta = rope_theta_of(file);
+    config.padding_token = padding_token_of(file, config.vocabulary);
     if (config.sequence_classifier)
         require_one_label(file);
     return config;

@@ -23,6 +23,9 @@ struct DecoderConfig {
     double rms_norm_eps = 1e-5;
     bool tied_embeddings = false;
     bool sequence_classifier = false;    ///< score.weight [1, H] instead of a language-model head
+    /// pad_token_id, -1 when there is none. As in transformers (torch.nn.Embedding's padding_idx), this token's row of the
+    /// embedding gets no gradient as an input; a tied head still trains it as an output.
+    std::int64_t padding_token = -1;
 
     AttentionShape attention() const;
     std::int64_t qkv_width() const { return (heads + 2 * kv_heads) * head_dim; }
