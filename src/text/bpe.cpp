@@ -9,7 +9,7 @@
 namespace selm::text {
 namespace {
 
-constexpr std::size_t longest_cached_word = 256;  ///< bytes
+constexpr std::size_t longest_cached_word = 256;   ///< bytes
 constexpr std::size_t most_cached_words = 1 << 16; ///< then the cache stays as it is
 constexpr char32_t low_characters = 0x180;         ///< covers the byte alphabet
 
@@ -92,7 +92,8 @@ void Bpe::encode_word(std::string_view word, std::vector<std::int32_t>& ids, Bpe
     if (word.size() <= longest_cached_word && scratch.cache_.size() < most_cached_words) {
         scratch.cache_.emplace(word, BpeScratch::Cached{static_cast<std::uint32_t>(scratch.cached_ids_.size()),
                                                         static_cast<std::uint32_t>(ids.size() - first)});
-        scratch.cached_ids_.insert(scratch.cached_ids_.end(), ids.begin() + static_cast<std::ptrdiff_t>(first), ids.end());
+        scratch.cached_ids_.insert(scratch.cached_ids_.end(), ids.begin() + static_cast<std::ptrdiff_t>(first),
+                                   ids.end());
     }
 }
 
@@ -150,12 +151,13 @@ void Bpe::push_candidate(std::int32_t position, BpeScratch& scratch) const
     const BpeScratch::Symbol& left = scratch.symbols_[static_cast<std::size_t>(position)];
     if (left.next < 0)
         return;
-    if (const MergeTable::Merge* merge = merges_.find(left.id, scratch.symbols_[static_cast<std::size_t>(left.next)].id))
+    if (const MergeTable::Merge* merge =
+            merges_.find(left.id, scratch.symbols_[static_cast<std::size_t>(left.next)].id))
         scratch.queue_.push_back({merge->rank, position, merge->id});
 }
 
-/// Lowest rank first, leftmost among equals. A queued pair counts as long as the pair now at its place makes the same token
-/// (`tokenizers` compares no more than that).
+/// Lowest rank first, leftmost among equals. A queued pair counts as long as the pair now at its place makes the same
+/// token (`tokenizers` compares no more than that).
 void Bpe::merge_symbols(BpeScratch& scratch) const
 {
     std::vector<BpeScratch::Symbol>& symbols = scratch.symbols_;

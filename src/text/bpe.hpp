@@ -109,7 +109,7 @@ class Bpe {
     MergeTable merges_;
     std::vector<std::int32_t> low_character_ids_; ///< by code point below its size; -1 where there is no token
     std::int32_t unknown_id_ = -1;
-    std::vector<std::int32_t> byte_ids_; ///< ids of <0x00>...<0xFF>, -1 where there is none; empty without byte fallback
+    std::vector<std::int32_t> byte_ids_; ///< of <0x00>...<0xFF>, -1 where there is none; empty without byte fallback
 };
 
 } // namespace selm::text

@@ -70,8 +70,9 @@ std::string default_template(const Json& entry, const std::string& path)
             if (named.is_object() && named.value("name", "") == "default" && named.contains("template") &&
                 named["template"].is_string())
                 return named["template"].get<std::string>();
-    throw config_error(cat(path, ": the entry chat_template is neither a text nor a list with a template named default. "
-                                 "Pass --chat-format NAME, one of: ",
+    throw config_error(cat(path,
+                           ": the entry chat_template is neither a text nor a list with a template named default. "
+                           "Pass --chat-format NAME, one of: ",
                            list_of_names()));
 }
 
@@ -92,8 +93,9 @@ Template read_template(const std::string& directory)
         if (root.is_object() && root.contains("chat_template") && !root["chat_template"].is_null())
             return {config, default_template(root["chat_template"], config)};
     }
-    throw config_error(cat(directory, ": no chat template (chat_template.jinja, or chat_template in tokenizer_config.json), so "
-                                      "the format of its conversations is unknown. Pass --chat-format NAME, one of: ",
+    throw config_error(cat(directory,
+                           ": no chat template (chat_template.jinja, or chat_template in tokenizer_config.json), so "
+                           "the format of its conversations is unknown. Pass --chat-format NAME, one of: ",
                            list_of_names()));
 }
 
@@ -143,7 +145,8 @@ std::size_t find_tag_end(std::string_view source, std::size_t begin)
 }
 
 /// Text between tags as Jinja prints it with trim_blocks and lstrip_blocks (transformers sets both).
-std::string_view printed_text(std::string_view source, std::size_t begin, std::size_t end, bool trim_left, bool after_block)
+std::string_view printed_text(std::string_view source, std::size_t begin, std::size_t end, bool trim_left,
+                              bool after_block)
 {
     std::string_view text = source.substr(begin, end - begin);
     if (after_block && text.starts_with('\n'))
@@ -223,7 +226,8 @@ ChatFormat ChatFormat::by_name(std::string_view name)
     for (const Definition& definition : definitions)
         if (definition.name == name)
             return ChatFormat(definition);
-    throw config_error(cat("the chat format ", name, " does not exist. Pass --chat-format NAME, one of: ", list_of_names()));
+    throw config_error(
+        cat("the chat format ", name, " does not exist. Pass --chat-format NAME, one of: ", list_of_names()));
 }
 
 ChatFormat ChatFormat::recognise(const std::string& directory, const Tokenizer& tokenizer)
@@ -231,14 +235,15 @@ ChatFormat ChatFormat::recognise(const std::string& directory, const Tokenizer& 
     const Template found = read_template(directory);
     const Definition* definition = match(found.text);
     if (definition == nullptr)
-        throw config_error(cat(found.path, ": the chat template is not one of the known formats (the prompts would differ from "
-                                           "those the model was trained on). Pass --chat-format NAME, one of: ",
+        throw config_error(cat(found.path,
+                               ": the chat template is not one of the known formats (the prompts would differ from "
+                               "those the model was trained on). Pass --chat-format NAME, one of: ",
                                list_of_names()));
     const ChatFormat format(*definition);
     if (!tokenizer.token_id(format.end_of_turn()))
-        throw config_error(cat(directory, ": the chat format ", format.name(), " ends answers with ", format.end_of_turn(),
-                               ", which the tokenizer does not have. Pass another --chat-format NAME, one of: ",
-                               list_of_names()));
+        throw config_error(
+            cat(directory, ": the chat format ", format.name(), " ends answers with ", format.end_of_turn(),
+                ", which the tokenizer does not have. Pass another --chat-format NAME, one of: ", list_of_names()));
     return format;
 }
 

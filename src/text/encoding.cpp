@@ -10,9 +10,10 @@ namespace selm {
 void EncodingLimits::validate() const
 {
     SELM_VALIDATE(max_prompt_length >= 1 && max_prompt_length < max_length, ExitCode::usage,
-                  "max-prompt-length is " << max_prompt_length << " and max-length " << max_length
-                                          << " (no room would be left for a prompt or an answer). Pass 1 <= max-prompt-length "
-                                             "< max-length");
+                  "max-prompt-length is "
+                      << max_prompt_length << " and max-length " << max_length
+                      << " (no room would be left for a prompt or an answer). Pass 1 <= max-prompt-length "
+                         "< max-length");
 }
 
 std::int32_t end_of_turn_id(const Tokenizer& tokenizer, const ChatFormat& format)

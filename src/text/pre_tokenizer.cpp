@@ -84,7 +84,8 @@ std::unique_ptr<PreTokenizer> make_digits_pre_tokenizer(bool individual_digits)
         Regex(R"(\p{N})"), individual_digits ? SplitBehavior::isolated : SplitBehavior::contiguous, false);
 }
 
-ByteLevelPreTokenizer::ByteLevelPreTokenizer(bool add_prefix_space, bool use_regex) : add_prefix_space_(add_prefix_space)
+ByteLevelPreTokenizer::ByteLevelPreTokenizer(bool add_prefix_space, bool use_regex)
+    : add_prefix_space_(add_prefix_space)
 {
     if (use_regex)
         split_ = std::make_unique<SplitPreTokenizer>(Regex(gpt2_pattern), SplitBehavior::isolated, false);

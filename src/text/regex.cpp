@@ -110,7 +110,8 @@ std::optional<Match> Regex::find(std::string_view subject, std::size_t start, Ma
     const auto* bytes = reinterpret_cast<PCRE2_SPTR>(subject.data());
     int code = pcre2_match(state_->code, bytes, subject.size(), start, PCRE2_NO_UTF_CHECK, data, nullptr);
     if (code == PCRE2_ERROR_JIT_STACKLIMIT) // the interpreter keeps its stack on the heap
-        code = pcre2_match(state_->code, bytes, subject.size(), start, PCRE2_NO_UTF_CHECK | PCRE2_NO_JIT, data, nullptr);
+        code =
+            pcre2_match(state_->code, bytes, subject.size(), start, PCRE2_NO_UTF_CHECK | PCRE2_NO_JIT, data, nullptr);
     if (code == PCRE2_ERROR_NOMATCH)
         return std::nullopt;
     if (code < 0)

@@ -28,8 +28,8 @@ class MatchScratch {
 };
 
 /**
- * @brief A regular expression of a tokenizer.json (Oniguruma's Ruby syntax over Unicode) on PCRE2, compiled to machine code
- * where PCRE2 can.
+ * @brief A regular expression of a tokenizer.json (Oniguruma's Ruby syntax over Unicode) on PCRE2, compiled to machine
+ * code where PCRE2 can.
  *
  * What the two libraries read differently is translated (\s, \S) or refused (\h \w \b and their opposites, nested
  * and intersected character classes, {,n}). Subjects are well-formed UTF-8. Immutable, shared by threads.

@@ -13,8 +13,8 @@ class TokenDecoder {
     virtual std::string decode(const std::vector<std::string_view>& tokens) const = 0;
 };
 
-/// Each stand-in becomes its byte; a token with any other character (an added one) stands for its own bytes. What is then no
-/// well-formed UTF-8 becomes U+FFFD.
+/// Each stand-in becomes its byte; a token with any other character (an added one) stands for its own bytes. What is
+/// then no well-formed UTF-8 becomes U+FFFD.
 class ByteLevelDecoder : public TokenDecoder {
   public:
     std::string decode(const std::vector<std::string_view>& tokens) const override;

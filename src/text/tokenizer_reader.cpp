@@ -17,7 +17,8 @@ constexpr std::int64_t most_ids = 1 << 24; ///< guards memory against an absurd 
 
 Error unsupported(std::string_view what, std::string_view supported)
 {
-    return config_error(cat(what, " is not supported (the ids would differ from Hugging Face's). Supported: ", supported));
+    return config_error(
+        cat(what, " is not supported (the ids would differ from Hugging Face's). Supported: ", supported));
 }
 
 /// The entry @p key of @p object. @throws Error configuration naming it when it is absent.
@@ -137,8 +138,9 @@ std::unique_ptr<PreTokenizer> read_pre_tokenizer(const Json& component, int dept
 {
     const std::string type = type_of(component, "pre_tokenizer");
     if (type == "ByteLevel")
-        return std::make_unique<ByteLevelPreTokenizer>(flag(component, "add_prefix_space", true, "pre_tokenizer(ByteLevel)"),
-                                                       flag(component, "use_regex", true, "pre_tokenizer(ByteLevel)"));
+        return std::make_unique<ByteLevelPreTokenizer>(
+            flag(component, "add_prefix_space", true, "pre_tokenizer(ByteLevel)"),
+            flag(component, "use_regex", true, "pre_tokenizer(ByteLevel)"));
     if (type == "Digits")
         return make_digits_pre_tokenizer(flag(component, "individual_digits", false, "pre_tokenizer(Digits)"));
     if (type == "Split")

@@ -24,8 +24,9 @@ def gguf_path() -> Path:
 
 
 def convert(target: Path, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(SCRIPT), str(target), *arguments], capture_output=True, text=True,
-                          timeout=120)
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), str(target), *arguments], capture_output=True, text=True, timeout=120
+    )
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +54,18 @@ def test_weights_equal_transformers_after_bf16_rounding(made, reference):
 
 def test_config_equals_transformers(made, reference):
     ours = transformers.AutoConfig.from_pretrained(made)
-    for field in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-                  "vocab_size", "max_position_embeddings", "tie_word_embeddings", "hidden_act", "head_dim"):
+    for field in (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+        "max_position_embeddings",
+        "tie_word_embeddings",
+        "hidden_act",
+        "head_dim",
+    ):
         assert getattr(ours, field) == getattr(reference.config, field), field
     assert ours.rms_norm_eps == pytest.approx(reference.config.rms_norm_eps, rel=1e-7)
     assert ours.rope_parameters["rope_theta"] == 100000.0 == reference.config.rope_parameters["rope_theta"]
@@ -64,17 +75,28 @@ def test_config_equals_transformers(made, reference):
 def test_greedy_answer_is_sensible(made):
     tokenizer = transformers.AutoTokenizer.from_pretrained(made)
     model = transformers.AutoModelForCausalLM.from_pretrained(made, dtype=torch.float32)
-    ids = tokenizer.apply_chat_template([{"role": "user", "content": "What is the capital of France?"}],
-                                        add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )["input_ids"]
     with torch.no_grad():
         answer = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False)
-    assert "Paris" in tokenizer.decode(answer[0, ids.shape[1]:])
+    assert "Paris" in tokenizer.decode(answer[0, ids.shape[1] :])
 
 
 def test_tokenizer_splits_digits_and_knows_the_special_tokens(made):
     tokenizer = transformers.AutoTokenizer.from_pretrained(made)
-    assert tokenizer.convert_ids_to_tokens(tokenizer.encode("in 2024<|im_end|>")) == \
-        ["in", "Ġ", "2", "0", "2", "4", "<|im_end|>"]
+    assert tokenizer.convert_ids_to_tokens(tokenizer.encode("in 2024<|im_end|>")) == [
+        "in",
+        "Ġ",
+        "2",
+        "0",
+        "2",
+        "4",
+        "<|im_end|>",
+    ]
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, len(tokenizer)) == (1, 2, 2, 49152)
     assert len(tokenizer.all_special_ids) >= 3 and tokenizer.decode([1, 2], skip_special_tokens=True) == ""
 
@@ -108,5 +130,6 @@ def test_foreign_directory_is_refused_and_bad_file_leaves_nothing(tmp_path):
 
 def test_files_are_json_that_names_the_source(made):
     record = json.loads((made / "conversion.json").read_text())
-    assert record["source"] == gguf_path().name and set(record["files"]) | {"conversion.json"} == \
-        {path.name for path in made.iterdir()}
+    assert record["source"] == gguf_path().name and set(record["files"]) | {"conversion.json"} == {
+        path.name for path in made.iterdir()
+    }

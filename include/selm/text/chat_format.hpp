@@ -13,15 +13,16 @@ namespace selm {
 class Tokenizer;
 
 /**
- * @brief How a conversation becomes text: equal to Hugging Face's apply_chat_template of the models that use the format.
+ * @brief How a conversation becomes text: equal to Hugging Face's apply_chat_template of the models that use the
+ * format.
  *
  * | name           | text                                                                                      |
  * |----------------|-------------------------------------------------------------------------------------------|
  * | chatml         | "<|im_start|>ROLE\nCONTENT<|im_end|>\n" per message; header "<|im_start|>assistant\n"       |
  * | chatml-smollm2 | the same, after SmolLM2's default system message where the first message is not a system's |
  *
- * Contents are inserted as they are. Text of special tokens inside a content is parsed as these tokens when the rendered
- * text is tokenised, as Hugging Face does.
+ * Contents are inserted as they are. Text of special tokens inside a content is parsed as these tokens when the
+ * rendered text is tokenised, as Hugging Face does.
  */
 class ChatFormat {
   public:

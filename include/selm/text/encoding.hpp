@@ -22,7 +22,7 @@ struct EncodedRow {
 /// Limits of an encoded row, in tokens. @invariant 1 <= max_prompt_length < max_length.
 struct EncodingLimits {
     std::int64_t max_length = 1024;       ///< prompt and one answer together
-    std::int64_t max_prompt_length = 512; ///< a longer prompt keeps its BOS (where the format has one) and its last tokens
+    std::int64_t max_prompt_length = 512; ///< a longer prompt keeps its BOS, if any, and its last tokens
 
     /// @throws Error usage when the invariant does not hold.
     void validate() const;
@@ -41,8 +41,8 @@ std::vector<std::int32_t> encode_prompt_chat(const Tokenizer& tokenizer, const C
                                              std::span<const Message> messages, std::int64_t max_prompt_length);
 
 /**
- * @brief An answer: its content, tokenised apart from the prompt (special-token text parsed), and one end-of-turn token;
- * at most @p max_response_tokens (>= 1) tokens. A longer answer is cut, and its end token is then not put back.
+ * @brief An answer: its content, tokenised apart from the prompt (special-token text parsed), and one end-of-turn
+ * token; at most @p max_response_tokens (>= 1) tokens. A longer answer is cut, and its end token is then not put back.
  */
 std::vector<std::int32_t> encode_response_chat(const Tokenizer& tokenizer, const ChatFormat& format,
                                                std::string_view text, std::int64_t max_response_tokens);

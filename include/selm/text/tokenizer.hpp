@@ -20,8 +20,8 @@ enum class SpecialText {
 enum class SpecialTokens { skip, keep };
 
 /**
- * @brief A Hugging Face tokenizer (tokenizer.json): the ids that `tokenizers` gives, without tokens that a post-processor
- * would add (add_special_tokens = False).
+ * @brief A Hugging Face tokenizer (tokenizer.json): the ids that `tokenizers` gives, without tokens that a
+ * post-processor would add (add_special_tokens = False).
  *
  * Read: BPE models; pre-tokenizers ByteLevel, Digits, Split and Sequence of these; added tokens with all their flags;
  * ByteLevel decoders. Any other component is refused by name. The file's truncation and padding entries are ignored: a
@@ -44,7 +44,8 @@ class Tokenizer {
     /// Ids of @p text (UTF-8; ill-formed bytes are read as U+FFFD). Added tokens split the text first.
     std::vector<std::int32_t> encode(std::string_view text, SpecialText special = SpecialText::parse) const;
 
-    /// Text of @p ids, well-formed UTF-8 (bytes that form no character become U+FFFD); ids without a token are left out.
+    /// Text of @p ids, well-formed UTF-8 (bytes that form no character become U+FFFD); ids without a token are left
+    /// out.
     std::string decode(std::span<const std::int32_t> ids, SpecialTokens special = SpecialTokens::skip) const;
 
     /// Id of the token with exactly this text (in the file's alphabet: "Ġthe"), added tokens first.

@@ -11,7 +11,8 @@ namespace selm {
 /// and values above U+10FFFF are not well-formed); nothing when the whole text is well-formed. NUL is well-formed.
 std::optional<std::size_t> find_invalid_utf8(std::string_view text);
 
-/// The text with every maximal ill-formed subsequence replaced by U+FFFD, as Unicode recommends and as Rust and Python do.
+/// The text with every maximal ill-formed subsequence replaced by U+FFFD, as Unicode recommends and as Rust and Python
+/// do.
 std::string replace_invalid_utf8(std::string_view text);
 
 /// Without leading and trailing Unicode whitespace: the characters that Python's str.strip() removes. The result points

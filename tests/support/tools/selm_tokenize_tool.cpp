@@ -1,5 +1,5 @@
-// Tokenizer, chat formats and encodings for reference tests: one JSON request a line on stdin, one JSON answer a line on
-// stdout. usage: selm_tokenize_tool MODEL_DIR
+// Tokenizer, chat formats and encodings for reference tests: one JSON request a line on stdin, one JSON answer a line
+// on stdout. usage: selm_tokenize_tool MODEL_DIR
 //   {"op": "encode", "text": T, "special": true|false}   -> {"ids": [...]}      "hex" instead of "text": any bytes
 //   {"op": "decode", "ids": [...], "skip_special": B}     -> {"text": T}
 //   {"op": "render", "messages": [...], "header": B, "format": NAME (default: recognised)} -> {"text": T}
@@ -25,9 +25,10 @@ std::vector<selm::Message> read_messages(const Json& list)
     std::vector<selm::Message> messages;
     for (const Json& entry : list) {
         const std::string role = entry["role"];
-        messages.push_back({role == "system" ? selm::Role::system
-                                             : role == "user" ? selm::Role::user : selm::Role::assistant,
-                            entry["content"]});
+        const selm::Role who = role == "system"      ? selm::Role::system
+                               : role == "assistant" ? selm::Role::assistant
+                                                     : selm::Role::user;
+        messages.push_back({who, entry["content"]});
     }
     return messages;
 }
@@ -43,6 +44,11 @@ std::string text_of(const Json& request)
     return bytes;
 }
 
+selm::SpecialText special_text(const Json& request)
+{
+    return request.value("special", true) ? selm::SpecialText::parse : selm::SpecialText::literal;
+}
+
 Json answer(const Json& request, const selm::Tokenizer& tokenizer, const std::string& directory)
 {
     const auto format = [&] {
@@ -51,8 +57,7 @@ Json answer(const Json& request, const selm::Tokenizer& tokenizer, const std::st
     };
     const std::string op = request["op"];
     if (op == "encode")
-        return {{"ids", tokenizer.encode(text_of(request), request.value("special", true) ? selm::SpecialText::parse
-                                                                                          : selm::SpecialText::literal)}};
+        return {{"ids", tokenizer.encode(text_of(request), special_text(request))}};
     if (op == "decode")
         return {{"text", tokenizer.decode(request["ids"].get<std::vector<std::int32_t>>(),
                                           request.value("skip_special", true) ? selm::SpecialTokens::skip

@@ -13,8 +13,8 @@ namespace {
 
 using Ids = std::vector<std::int32_t>;
 
-/// Ids: 0-2 <|endoftext|> <|im_start|> <|im_end|>; 3-258 the bytes; 259-273 the merges he ll hell hello Ġw or Ġwor Ġworl
-/// Ġworld lo ĠĠ ĠĠĠĠ in Ġt Ġthe (in order of their rank); 274 <note>, which takes the whitespace behind it along.
+/// Ids: 0-2 <|endoftext|> <|im_start|> <|im_end|>; 3-258 the bytes; 259-273 the merges he ll hell hello Ġw or Ġwor
+/// Ġworl Ġworld lo ĠĠ ĠĠĠĠ in Ġt Ġthe (in order of their rank); 274 <note>, which takes the whitespace behind it along.
 const std::string tiny_directory = std::string(SELM_SOURCE_DIR) + "/tests/data/tiny_tokenizer";
 
 Tokenizer tiny()
@@ -57,8 +57,8 @@ TEST(Tokenizer, MergesByRankAndSplitsDigits)
 TEST(Tokenizer, SpacesBelongToTheNextWordButTheLastOne)
 {
     // "the", " hell", " ", " in", "    ", " x": rank decides inside a word, never across
-    EXPECT_EQ(tiny().encode("the hell  in     x"), (Ids{byte_id('t'), 259, byte_id(' '), 261, byte_id(' '), byte_id(' '), 271,
-                                                        270, byte_id(' '), byte_id('x')}));
+    EXPECT_EQ(tiny().encode("the hell  in     x"), (Ids{byte_id('t'), 259, byte_id(' '), 261, byte_id(' '),
+                                                        byte_id(' '), 271, 270, byte_id(' '), byte_id('x')}));
 }
 
 TEST(Tokenizer, TextOfSpecialTokensIsParsedOrLiteral)
@@ -160,15 +160,15 @@ TEST(Tokenizer, LongTextsNeitherOverflowNorGrowQuadratically)
 TEST(Tokenizer, RefusalsNameFileAndComponent)
 {
     const std::string digits = R"("type": "Digits")";
-    for (const auto& [from, to, named] :
-         std::vector<std::array<std::string, 3>>{{R"("normalizer": null)", R"("normalizer": {"type": "NFKC"})", "NFKC"},
-                                                 {digits, R"("type": "Whitespace")", "Whitespace"},
-                                                 {R"("type": "BPE")", R"("type": "WordPiece")", "WordPiece"},
-                                                 {R"("dropout": null)", R"("dropout": 0.5)", "dropout"},
-                                                 {R"("h e")", R"("h e l")", "h e l"},
-                                                 {R"("h e")", R"("h \u4e2d")", "\u4e2d"},
-                                                 {R"("id": 2)", R"("id": 7)", "<|im_end|>"},
-                                                 {R"("ignore_merges": false)", R"("ignore_merges": 3)", "ignore_merges"}}) {
+    for (const auto& [from, to, named] : std::vector<std::array<std::string, 3>>{
+             {R"("normalizer": null)", R"("normalizer": {"type": "NFKC"})", "NFKC"},
+             {digits, R"("type": "Whitespace")", "Whitespace"},
+             {R"("type": "BPE")", R"("type": "WordPiece")", "WordPiece"},
+             {R"("dropout": null)", R"("dropout": 0.5)", "dropout"},
+             {R"("h e")", R"("h e l")", "h e l"},
+             {R"("h e")", R"("h \u4e2d")", "\u4e2d"},
+             {R"("id": 2)", R"("id": 7)", "<|im_end|>"},
+             {R"("ignore_merges": false)", R"("ignore_merges": 3)", "ignore_merges"}}) {
         const std::string message = refusal(tiny_json_with(from, to));
         EXPECT_NE(message.find("some/tokenizer.json"), std::string::npos) << message;
         EXPECT_NE(message.find(named), std::string::npos) << message;

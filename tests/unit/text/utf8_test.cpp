@@ -8,19 +8,29 @@ namespace {
 TEST(Utf8, WellFormedTextsAreAccepted)
 {
     using namespace std::string_view_literals;
-    for (const std::string_view text : {""sv, "a\0b"sv, "\x7f"sv, "\xC2\x80"sv, "\xDF\xBF"sv, "\xE0\xA0\x80"sv,
-                                        "\xED\x9F\xBF"sv, "\xEE\x80\x80"sv, "\xEF\xBF\xBF"sv, "\xF0\x90\x80\x80"sv,
-                                        "\xF4\x8F\xBF\xBF"sv})
+    for (const std::string_view text :
+         {""sv, "a\0b"sv, "\x7f"sv, "\xC2\x80"sv, "\xDF\xBF"sv, "\xE0\xA0\x80"sv, "\xED\x9F\xBF"sv, "\xEE\x80\x80"sv,
+          "\xEF\xBF\xBF"sv, "\xF0\x90\x80\x80"sv, "\xF4\x8F\xBF\xBF"sv})
         EXPECT_EQ(find_invalid_utf8(text), std::nullopt);
 }
 
 TEST(Utf8, FirstBadByteIsFound)
 {
     const std::pair<std::string, std::size_t> cases[] = {
-        {"\x80", 0},         {"ab\xFF", 2},           {"\xC0\xAF", 0},         {"\xC1\xBF", 0},
-        {"x\xC3", 1},        {"\xC3(", 0},            {"\xE0\x9F\xBF", 0},     {"\xED\xA0\x80", 0},
-        {"\xE2\x82", 0},     {"\xF0\x8F\xBF\xBF", 0}, {"\xF4\x90\x80\x80", 0}, {"\xF5\x80\x80\x80", 0},
-        {"\xC3\xA9\xE2", 2}, {"\xF0\x9F\x98", 0},
+        {"\x80", 0},
+        {"ab\xFF", 2},
+        {"\xC0\xAF", 0},
+        {"\xC1\xBF", 0},
+        {"x\xC3", 1},
+        {"\xC3(", 0},
+        {"\xE0\x9F\xBF", 0},
+        {"\xED\xA0\x80", 0},
+        {"\xE2\x82", 0},
+        {"\xF0\x8F\xBF\xBF", 0},
+        {"\xF4\x90\x80\x80", 0},
+        {"\xF5\x80\x80\x80", 0},
+        {"\xC3\xA9\xE2", 2},
+        {"\xF0\x9F\x98", 0},
     };
     for (const auto& [text, offset] : cases)
         EXPECT_EQ(find_invalid_utf8(text), offset) << text;
