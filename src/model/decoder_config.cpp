@@ -212,7 +212,7 @@ DecoderConfig DecoderConfig::from_directory(const std::string& directory)
                       " and there is no head_dim"));
     config.head_dim = file.count_or("head_dim", config.hidden / config.heads);
     if (config.head_dim % 2 != 0)
-        file.fail(cat("head dimension ", config.head_dim, " is odd (rotary embeddings need pairs)"));
+        file.fail(cat("head_dim ", config.head_dim, " is odd (rotary embeddings need pairs)"));
     if (config.heads % config.kv_heads != 0)
         file.fail(cat("num_attention_heads ", config.heads, " is no multiple of num_key_value_heads ", config.kv_heads));
     refuse_unsupported(file, config.max_positions);

@@ -1,0 +1,101 @@
+#pragma once
+
+#include <cmath>
+#include <random>
+#include <vector>
+
+#include "selm/kernels/engine.hpp"
+#include "selm/model/decoder.hpp"
+#include "selm/model/model_files.hpp"
+
+namespace selm::test {
+
+/// Two layers, grouped-query attention, head_dim * heads != hidden: no two widths are equal.
+inline DecoderConfig tiny_config(bool tied)
+{
+    DecoderConfig config;
+    config.model_type = "llama";
+    config.vocabulary = 53;
+    config.hidden = 20;
+    config.intermediate = 28;
+    config.layers = 2;
+    config.heads = 4;
+    config.kv_heads = 2;
+    config.head_dim = 6;
+    config.max_positions = 400;
+    config.tied_embeddings = tied;
+    return config;
+}
+
+/// Flat parameters of a random model and their tensors.
+struct TinyParameters {
+    explicit TinyParameters(const DecoderConfig& config, unsigned seed = 1)
+    {
+        std::mt19937 generator(seed);
+        for (const ParameterSpec& spec : decoder_parameters(config)) {
+            const bool gain = spec.name.find("norm") != std::string::npos;
+            std::normal_distribution<float> normal(gain ? 1.0F : 0.0F, gain ? 0.3F : 0.25F);
+            auto& buffer = values.emplace_back(static_cast<std::size_t>(spec.elements()));
+            for (float& value : buffer)
+                value = normal(generator);
+            tensors.push_back(borrow_f32(buffer.data(), spec.rows, spec.columns));
+        }
+    }
+    std::vector<std::vector<float>> values;
+    std::vector<Tensor> tensors;
+};
+
+struct TinyModel {
+    explicit TinyModel(const DecoderConfig& model, unsigned seed = 1)
+        : config(model), parameters(model, seed), engine(make_engine({.engine = "aten"})),
+          weights(config, *engine, parameters.tensors, {.dtype = DType::f32, .with_backward = true}),
+          decoder(config, *engine, weights)
+    {
+    }
+    explicit TinyModel(bool tied) : TinyModel(tiny_config(tied)) {}
+
+    DecoderConfig config;
+    TinyParameters parameters;
+    std::unique_ptr<Engine> engine;
+    ResidentWeights weights;
+    Decoder decoder;
+};
+
+inline std::vector<std::int32_t> random_tokens(unsigned seed, std::size_t count, std::int64_t vocabulary = 53)
+{
+    std::mt19937 generator(seed);
+    std::vector<std::int32_t> tokens(count);
+    for (auto& token : tokens)
+        token = static_cast<std::int32_t>(generator() % static_cast<std::uint32_t>(vocabulary));
+    return tokens;
+}
+
+/// Keeps gradients and the order of ready().
+class RecordingSink final : public GradientSink {
+  public:
+    explicit RecordingSink(const DecoderConfig& config)
+    {
+        for (const ParameterSpec& spec : decoder_parameters(config)) {
+            auto& buffer = values.emplace_back(static_cast<std::size_t>(spec.elements()));
+            tensors.push_back(borrow_f32(buffer.data(), spec.rows, spec.columns));
+        }
+    }
+    Tensor gradient(std::int64_t parameter) override { return tensors[static_cast<std::size_t>(parameter)]; }
+    void ready(std::int64_t parameter) override { order.push_back(parameter); }
+
+    std::vector<std::vector<float>> values;
+    std::vector<Tensor> tensors;
+    std::vector<std::int64_t> order;
+};
+
+inline double largest_difference(std::span<const float> a, std::span<const float> b)
+{
+    double largest = a.size() == b.size() ? 0 : INFINITY;
+    for (std::size_t i = 0; i < std::min(a.size(), b.size()); ++i) {
+        const double difference = std::abs(static_cast<double>(a[i]) - static_cast<double>(b[i]));
+        largest = difference <= largest ? largest : difference; // NaN counts as a difference
+    }
+    return largest;
+}
+
+} // namespace selm::test
