@@ -9,6 +9,7 @@
 
 #include <unistd.h>
 
+#include "generate_journal.hpp"
 #include "given_responses.hpp"
 #include "model_files.hpp"
 #include "prompt_store.hpp"
@@ -226,35 +227,6 @@ GeneratedAnswer to_answer(const Tokenizer& tokenizer, SampledAnswer sampled)
     return answer;
 }
 
-std::vector<std::byte> to_payload(const SampledAnswer& answer)
-{
-    PayloadWriter payload;
-    payload.value(std::uint8_t{answer.ended});
-    payload.array(std::span<const std::int32_t>(answer.tokens));
-    payload.array(std::span<const float>(answer.log_probs));
-    return payload.bytes();
-}
-
-SampledAnswer from_payload(const Journal::Record& record)
-{
-    PayloadReader payload(record.payload);
-    SampledAnswer answer;
-    answer.row = record.row;
-    answer.ended = payload.value<std::uint8_t>() != 0;
-    answer.tokens = payload.array<std::int32_t>();
-    answer.log_probs = payload.array<float>();
-    return answer;
-}
-
-/// Rows of a journal are taken over only when they are what this run would make; engines round differently.
-JournalBinding journal_binding(const Source& source, const SharedModel& model)
-{
-    return {{"recipe", source.config.recipe_hash},
-            {"policy", source.policy_digest},
-            {"prompts", source.data_digest},
-            {"engine", model.engine_key()}};
-}
-
 /// One rank's work: takes rows from the queue, decodes, journals.
 class Generator {
   public:
@@ -445,7 +417,9 @@ std::optional<Answers> generate_answers(const GenerateOptions& options, const In
     agree(comm, "lengths of the prompts", [&] { plan = plan_rows(options, *config, input, prompts); });
     report.skipped_rows = static_cast<std::int64_t>(plan.skipped.size());
     const auto model = SharedModel::from_directory(options.policy, options.common, comm, input.source.policy_digest);
-    Journal& journal = opened.emplace(options.output, journal_binding(input.source, *model), comm);
+    Journal& journal = opened.emplace(options.output, generation_binding(input.source.config.recipe_hash, input.source.policy_digest,
+                                                                     input.source.data_digest, model->engine_key()),
+                                       comm);
     report.resumed_rows = static_cast<std::int64_t>(journal.done_rows().size());
 
     std::vector<std::int64_t> items;
@@ -517,7 +491,11 @@ void write_output(const GenerateOptions& options, const Input& input, const Answ
     attributes.file.config_hash = input.source.config.recipe_hash;
     attributes.file.source_digest = input.source.data_digest;
     if (!answers.engine.empty())
-        attributes.file.extra = {{"engine", answers.engine}, {"dtype", options.common.dtype}, {"chat_format", answers.chat_format}};
+        attributes.provenance = {{"engine", answers.engine},
+                                 {"dtype", options.common.dtype},
+                                 {"device", options.common.device},
+                                 {"chat_format", answers.chat_format},
+                                 {"slots", options.slots}};
     if (!input.source.responses_digest.empty())
         attributes.file.extra["responses_digest"] = input.source.responses_digest;
     attributes.iteration = options.iteration;
