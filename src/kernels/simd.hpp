@@ -5,7 +5,8 @@
 #include <cstring>
 
 // Eight floats side by side, as GCC's and Clang's vector extension: AVX2 code where the target has it, the same results in
-// two SSE halves elsewhere. Everything is forced inline, so no vector crosses a function call.
+// two SSE halves elsewhere. Everything is forced inline, so no vector crosses a function call
+// (references, because GCC notes the ABI of vector parameters where the target lacks AVX).
 #pragma GCC diagnostic ignored "-Wpsabi"
 
 namespace selm::simd {
@@ -23,16 +24,16 @@ SELM_INLINE Float8 load(const float* from)
     return out;
 }
 
-SELM_INLINE void store(float* to, Float8 value) { std::memcpy(to, &value, sizeof value); }
+SELM_INLINE void store(float* to, const Float8& value) { std::memcpy(to, &value, sizeof value); }
 
 SELM_INLINE Float8 broadcast(float x) { return Float8{x, x, x, x, x, x, x, x}; }
 
-SELM_INLINE Float8 max(Float8 a, Float8 b) { return a > b ? a : b; }
+SELM_INLINE Float8 max(const Float8& a, const Float8& b) { return a > b ? a : b; }
 
 SELM_INLINE Int8 lane_numbers() { return Int8{0, 1, 2, 3, 4, 5, 6, 7}; }
 
 /// Fixed pairing: lanes i and i+4, then i and i+2, then i and i+1.
-SELM_INLINE float sum_lanes(Float8 x)
+SELM_INLINE float sum_lanes(const Float8& x)
 {
     const Float8 a = x + __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3);
     const Float8 b = a + __builtin_shufflevector(a, a, 2, 3, 0, 1, 6, 7, 4, 5);
@@ -40,7 +41,7 @@ SELM_INLINE float sum_lanes(Float8 x)
     return c[0];
 }
 
-SELM_INLINE float max_lanes(Float8 x)
+SELM_INLINE float max_lanes(const Float8& x)
 {
     const Float8 a = max(x, __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3));
     const Float8 b = max(a, __builtin_shufflevector(a, a, 2, 3, 0, 1, 6, 7, 4, 5));
@@ -50,7 +51,7 @@ SELM_INLINE float max_lanes(Float8 x)
 
 /// exp of numbers that are at most 0 (as after a maximum was subtracted); 0 below -87.3; NaN stays NaN. Relative error
 /// below 2e-7.
-SELM_INLINE Float8 exp_nonpositive(Float8 x)
+SELM_INLINE Float8 exp_nonpositive(const Float8& x)
 {
     const Float8 round_magic = broadcast(12582912.0f); // 1.5 * 2^23
     const Float8 clamped = x < -87.3f ? broadcast(-87.3f) : x;

@@ -5,6 +5,7 @@
 #include "selm/base/error.hpp"
 #include "simd.hpp"
 #include "xsmm_attention.hpp"
+#include "xsmm_blocks.hpp"
 #include "xsmm_engine.hpp"
 
 // Tiled attention with an online softmax (Dao et al., FlashAttention, 2022), forward and backward. Tiles of 64 queries by
@@ -15,12 +16,6 @@ namespace {
 using simd::Float8;
 constexpr std::int32_t vectors_per_row = tile / 8;
 constexpr float infinity = std::numeric_limits<float>::infinity();
-
-std::int32_t narrow(std::int64_t value)
-{
-    SELM_EXPECT(value >= 0 && value <= INT32_MAX);
-    return static_cast<std::int32_t>(value);
-}
 
 /// Running softmax of one query row.
 struct RowState {

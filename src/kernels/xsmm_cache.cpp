@@ -8,16 +8,11 @@
 #include "selm/base/error.hpp"
 #include "simd.hpp"
 #include "xsmm_attention.hpp"
+#include "xsmm_blocks.hpp"
 #include "xsmm_engine.hpp"
 
 namespace selm::xsmm {
 namespace {
-
-std::int32_t narrow(std::int64_t value)
-{
-    SELM_EXPECT(value >= 0 && value <= INT32_MAX);
-    return static_cast<std::int32_t>(value);
-}
 
 /**
  * Per layer, slot and key/value head: keys as transposed blocks [capacity/64][D][64], then values [capacity][D].

@@ -5,6 +5,7 @@
 
 #include "selm/base/error.hpp"
 #include "simd.hpp"
+#include "xsmm_blocks.hpp"
 #include "xsmm_engine.hpp"
 
 // Log-probs of the output head without a matrix of logits [R, V]: tiles of rows by a slice of the vocabulary, an online
@@ -14,8 +15,8 @@ namespace {
 
 using simd::Float8;
 
-/// Rows that share one sweep over the vocabulary's panels, and columns of a logit tile (a multiple of every panel width).
-constexpr std::int64_t rows_per_sweep = 256, columns_per_tile = 256, rows_per_call = 64;
+/// Rows that share one sweep over the vocabulary's panels, at most, and columns of a logit tile (a multiple of every panel width).
+constexpr std::int64_t rows_per_sweep = 256, columns_per_tile = 256;
 
 struct RowState {
     float max = -std::numeric_limits<float>::infinity();
@@ -98,8 +99,9 @@ void XsmmEngine::head_log_probs(const Tensor& h_RH, const PackedWeight& head, st
     check_targets(targets, vocabulary);
     float* const tile = logit_tile_.get(rows_per_sweep * columns_per_tile);
     std::vector<RowState> states(static_cast<std::size_t>(std::min(rows, rows_per_sweep)));
-    for (std::int64_t sweep = 0; sweep < rows; sweep += rows_per_sweep) {
-        const std::int64_t count = std::min(rows_per_sweep, rows - sweep);
+    const std::int64_t sweep_rows = even_block(rows, rows_per_sweep, rows_per_call);
+    for (std::int64_t sweep = 0; sweep < rows; sweep += sweep_rows) {
+        const std::int64_t count = std::min(sweep_rows, rows - sweep);
         std::fill(states.begin(), states.end(), RowState{});
         for (std::int64_t column = 0; column < vocabulary; column += columns_per_tile) {
             const std::int64_t columns = std::min(columns_per_tile, vocabulary - column);
@@ -135,8 +137,9 @@ void XsmmEngine::head_log_probs_backward(const Tensor& h_RH, const PackedWeight&
     check_targets(targets, vocabulary);
     float* const tile = logit_tile_.get(rows_per_sweep * columns_per_tile);
     float* const tile_transposed = logit_gradient_.get(rows_per_sweep * columns_per_tile);
-    for (std::int64_t sweep = 0; sweep < rows; sweep += rows_per_sweep) {
-        const std::int64_t count = std::min(rows_per_sweep, rows - sweep);
+    const std::int64_t sweep_rows = even_block(rows, rows_per_sweep, rows_per_call);
+    for (std::int64_t sweep = 0; sweep < rows; sweep += sweep_rows) {
+        const std::int64_t count = std::min(sweep_rows, rows - sweep);
         const auto row_span = [&](auto values) {
             return values.subspan(static_cast<std::size_t>(sweep), static_cast<std::size_t>(count));
         };
@@ -165,16 +168,16 @@ void XsmmEngine::add_head_input_gradient(const PackedWeight& head, const float* 
 {
     const std::int64_t width = kernels_.panel_width();
     for (std::int64_t input = 0; input < head.inputs; input += width) {
-        GemmShape shape{.m = static_cast<std::int32_t>(std::min(width, head.inputs - input)),
+        GemmShape shape{.m = narrow(std::min(width, head.inputs - input)),
                         .n = 0,
-                        .k = static_cast<std::int32_t>(columns),
-                        .lda = static_cast<std::int32_t>(width),
+                        .k = narrow(columns),
+                        .lda = narrow(width),
                         .ldb = columns_per_tile,
-                        .ldc = static_cast<std::int32_t>(dh_RH.stride),
+                        .ldc = narrow(dh_RH.stride),
                         .accumulate = column > 0};
         const float* const panel = head.backward.f32() + input * head.outputs + column * width;
         for (std::int64_t row = 0; row < dh_RH.rows; row += rows_per_call) {
-            shape.n = static_cast<std::int32_t>(std::min(rows_per_call, dh_RH.rows - row));
+            shape.n = narrow(std::min(rows_per_call, dh_RH.rows - row));
             kernels_.find(shape)(panel, d_logits + row * columns_per_tile, dh_RH.row_f32(row) + input);
         }
     }

@@ -3,23 +3,18 @@
 #include "elementwise.hpp"
 #include "selm/base/error.hpp"
 #include "simd.hpp"
+#include "xsmm_blocks.hpp"
 #include "xsmm_engine.hpp"
 
 namespace selm::xsmm {
 namespace {
 
-/// Rows of x per kernel call, and per sweep over the panels (a panel then serves several calls from the L2 cache).
-constexpr std::int64_t rows_per_call = 64, rows_per_sweep = 256;
+/// Rows of x per sweep over the panels, at most: a panel then serves several calls from the L2 cache.
+constexpr std::int64_t rows_per_sweep = 256;
 /// Inputs per kernel call: a slice of a panel of this depth stays in the L2 cache. Part of the order of summation.
 constexpr std::int64_t depth_per_call = 1024;
-/// Tokens and outputs per block of a weight gradient.
+/// Tokens and outputs per block of a weight gradient, at most: a panel of x fills the L1 cache.
 constexpr std::int64_t tokens_per_block = 256, outputs_per_block = 256;
-
-std::int32_t narrow(std::int64_t value)
-{
-    SELM_EXPECT(value >= 0 && value <= INT32_MAX);
-    return static_cast<std::int32_t>(value);
-}
 
 std::int64_t panels_of(std::int64_t columns, std::int64_t width) { return (columns + width - 1) / width; }
 
@@ -87,8 +82,9 @@ PackedWeight XsmmEngine::pack(const Tensor& weight, bool with_backward, const Te
 void XsmmEngine::multiply(const PanelProduct& p)
 {
     const std::int64_t width = kernels_.panel_width();
-    for (std::int64_t sweep = 0; sweep < p.rows; sweep += rows_per_sweep) {
-        const std::int64_t sweep_end = std::min(p.rows, sweep + rows_per_sweep);
+    const std::int64_t sweep_rows = even_block(p.rows, rows_per_sweep, rows_per_call);
+    for (std::int64_t sweep = 0; sweep < p.rows; sweep += sweep_rows) {
+        const std::int64_t sweep_end = std::min(p.rows, sweep + sweep_rows);
         for (std::int64_t output = 0; output < p.outputs; output += width) {
             for (std::int64_t input = 0; input < p.inputs; input += depth_per_call) {
                 const float* panel = p.panels + output * p.inputs + input * width;
@@ -192,8 +188,9 @@ void XsmmEngine::linear_backward_weight(const Tensor& dy_TN, const Tensor& x_TK,
 {
     const std::int64_t width = kernels_.panel_width(), outputs = dw_NK.rows, inputs = dw_NK.columns;
     SELM_EXPECT(dy_TN.rows == x_TK.rows && dy_TN.columns == outputs && x_TK.columns == inputs);
-    for (std::int64_t token = 0; token < x_TK.rows; token += tokens_per_block) {
-        const std::int64_t tokens = std::min(tokens_per_block, x_TK.rows - token);
+    const std::int64_t block_tokens = even_block(x_TK.rows, tokens_per_block, 16);
+    for (std::int64_t token = 0; token < x_TK.rows; token += block_tokens) {
+        const std::int64_t tokens = std::min(block_tokens, x_TK.rows - token);
         float* const x_panels = x_panels_.get(panels_of(inputs, width) * width * tokens);
         float* const dy_transposed = dy_transposed_.get(outputs * tokens);
         copy_to_column_panels(x_TK.row_f32(token), x_TK.stride, tokens, inputs, width, x_panels);

@@ -15,6 +15,8 @@ namespace selm::xsmm {
 namespace {
 
 constexpr std::size_t cache_line = 64, huge_page = std::size_t{2} << 20, padding = 256;
+/// From here on blocks are made of huge pages: rounding up to them wastes little.
+constexpr std::size_t smallest_huge_block = 16 << 20;
 constexpr std::size_t smallest_kept_block = 256 << 10;
 
 /// Rounded up to one of eight sizes per power of two: at most an eighth is unused (and never touched).
@@ -26,7 +28,7 @@ std::size_t size_class(std::size_t bytes)
 
 void* allocate_aligned(std::size_t bytes)
 {
-    const std::size_t alignment = bytes >= 2 * huge_page ? huge_page : cache_line;
+    const std::size_t alignment = bytes >= smallest_huge_block ? huge_page : cache_line;
     void* block = std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
     SELM_VALIDATE(block != nullptr, ExitCode::io,
                   "out of memory: " << bytes << " bytes could not be allocated. Use fewer ranks per node, or a smaller "

@@ -1,0 +1,29 @@
+#pragma once
+
+#include <cstdint>
+
+#include "selm/base/error.hpp"
+
+namespace selm::xsmm {
+
+/// Rows of x per kernel call of a matrix product.
+inline constexpr std::int64_t rows_per_call = 64;
+
+/// LIBXSMM counts in 32 bits.
+inline std::int32_t narrow(std::int64_t value)
+{
+    SELM_EXPECT(value >= 0 && value <= INT32_MAX);
+    return static_cast<std::int32_t>(value);
+}
+
+/// Size of blocks that divide `total` as evenly as multiples of `step` allow, none above `most` (a multiple of step): a
+/// last block of a few rows would cost a whole sweep over the weights.
+inline std::int64_t even_block(std::int64_t total, std::int64_t most, std::int64_t step)
+{
+    if (total <= most)
+        return most;
+    const std::int64_t blocks = (total + most - 1) / most;
+    return ((total + blocks - 1) / blocks + step - 1) / step * step;
+}
+
+} // namespace selm::xsmm
