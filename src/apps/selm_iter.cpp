@@ -17,7 +17,7 @@ int main(int argc, char** argv)
         options.recipe_text = context.recipe_text;
         const IterateReport report = run_iterate(options, context.world, std::cout);
         if (context.world.is_root())
-            std::cout << report.summary;
+            std::cout << report.status;
         return apps::exit_code(report.outcome);
     });
 }

@@ -82,7 +82,6 @@ class Driver {
     {
         IterateReport report;
         report.outcome = run_phases(report.iterations_done);
-        report.summary = summary_text(manifest_.json());
         return report;
     }
 
@@ -309,7 +308,7 @@ IterateReport run_iterate(const IterateOptions& given, Communicator& comm, std::
             SELM_VALIDATE(std::filesystem::exists(paths.recipe()), ExitCode::bad_data,
                           options.run << " is no run directory of selm_iter (it has no recipe.cfg). Pass --run PATH of a run");
             if (comm.is_root())
-                report.summary = status_text(paths, manifest.json());
+                report.status = status_text(paths, manifest.json());
         });
         return report;
     }

@@ -125,14 +125,6 @@ std::string block_text(const nlohmann::json& manifest, std::int64_t t)
     return text + held_out(manifest, t) + speed_block(iteration);
 }
 
-std::string summary_text(const nlohmann::json& manifest)
-{
-    std::string text;
-    for (std::int64_t t = 1; manifest.contains("iter" + std::to_string(t)); ++t)
-        text += block_text(manifest, t);
-    return text;
-}
-
 std::string status_text(const RunPaths& paths, const nlohmann::json& manifest)
 {
     std::string text;

@@ -39,10 +39,11 @@ struct IterateOptions {
 struct IterateReport {
     Outcome outcome = Outcome::done;
     std::int64_t iterations_done = 0;
-    std::string summary;                   ///< what the user reads: one block per iteration
+    std::string status;                    ///< --status: where the run stands, on rank 0
 };
 
-/// All phases of all iterations, resuming where the run directory stands. Collective over comm.
+/// All phases of all iterations, resuming where the run directory stands. Rank 0 writes a block of results to @p out as each
+/// iteration is complete (also those of earlier runs). Collective over comm.
 IterateReport run_iterate(const IterateOptions& options, Communicator& comm, std::ostream& out);
 
 } // namespace selm
