@@ -77,6 +77,7 @@ foreach(source IN LISTS tool_sources)
     list(REMOVE_DUPLICATES tool_modules)
     add_executable(${name} ${source})
     target_link_libraries(${name} PRIVATE selm_flags ${tool_modules} nlohmann_json::nlohmann_json)
+    target_compile_definitions(${name} PRIVATE SELM_SOURCE_DIR="${CMAKE_SOURCE_DIR}")
     set_target_properties(${name} PROPERTIES RUNTIME_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}/tests")
 endforeach()
 
