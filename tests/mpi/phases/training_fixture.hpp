@@ -1,0 +1,153 @@
+#pragma once
+
+#include <cmath>
+#include <fstream>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include <gtest/gtest.h>
+
+#include "mpi_test.hpp"
+#include "selm/base/error.hpp"
+#include "selm/base/files.hpp"
+#include "selm/comm/agree.hpp"
+#include "selm/data/iteration.hpp"
+#include "selm/data/preferences.hpp"
+#include "selm/phases/logprob.hpp"
+#include "selm/phases/rank.hpp"
+#include "selm/phases/train.hpp"
+#include "shared_directory.hpp"
+#include "tiny_model.hpp"
+
+namespace selm::test {
+
+/// A tiny random model, 11 rows with answers made elsewhere (two rows have none), ranked by scores of a file.
+class TrainingFixture : public ::testing::Test {
+  protected:
+    static constexpr std::int64_t row_count = 11;
+
+    void SetUp() override
+    {
+        directory_ = std::make_unique<SharedDirectory>(test_world());
+        on_root([&] { make_tiny_model(path("model")); });
+        write_preferences(path("prefs.h5"), test_world().is_root() ? preference_rows() : std::vector<PreferenceRow>(), {}, test_world());
+        make_iteration(path("iter.h5"));
+        rank(path("iter.h5"), "best-worst");
+        logprob_options_.common = train_options_.common = common();
+        logprob_options_.encoding = train_options_.encoding = {.encoding = "chat", .chat_format = "", .max_length = 96, .max_prompt_length = 48};
+        logprob_options_.iter = train_options_.iter = path("iter.h5");
+        logprob_options_.model = train_options_.policy = path("model");
+        logprob_options_.tokens_per_microbatch = train_options_.tokens_per_microbatch = 200;
+        train_options_.output = path("policy");
+        train_options_.alpha = {0.1};
+        train_options_.beta = {0.1};
+        train_options_.learning_rate = {1e-3};
+        train_options_.schedule = "constant";
+        train_options_.warmup_ratio = 0;
+        train_options_.global_batch = 4;
+        train_options_.epochs = 3;
+        train_options_.save_dtype = "fp32";
+    }
+    void TearDown() override
+    {
+        test_world().barrier("end of the test");
+        directory_.reset();
+    }
+
+    static CommonOptions common()
+    {
+        CommonOptions options;
+        options.dtype = "fp32";
+        options.progress = "off";
+        return options;
+    }
+
+    static std::vector<PreferenceRow> preference_rows()
+    {
+        std::vector<PreferenceRow> rows;
+        for (std::int64_t i = 0; i < row_count; ++i) {
+            PreferenceRow row;
+            row.row_source = i;
+            row.id = cat("id", i);
+            row.prompt = cat("Question ", i, std::string(static_cast<std::size_t>(i * 13 % 40), 'q'));
+            row.messages = {{Role::user, row.prompt}};
+            row.chosen = cat("good ", i, std::string(static_cast<std::size_t>(i * 7 % 23), 'g'));
+            row.rejected = i == 4 ? row.chosen : cat("bad ", i, std::string(static_cast<std::size_t>(i * 5 % 31), 'b'));
+            rows.push_back(row);
+        }
+        return rows;
+    }
+
+    void make_iteration(const std::string& file)
+    {
+        const PreferencesReader prefs(path("prefs.h5"));
+        std::vector<std::int64_t> rows;
+        std::vector<GeneratedAnswer> answers;
+        for (std::int64_t i = 0; i < row_count; ++i) {
+            rows.push_back(i);
+            if (!test_world().is_root())
+                continue;
+            const bool none = i == 3 || i == 8;
+            answers.push_back({.row = i, .text = none ? "" : cat("answer ", i), .tokens = {}, .logprobs = {},
+                               .finish_reason = none ? FinishReason::none : FinishReason::elsewhere});
+        }
+        write_iteration(file, prefs, rows, answers, {}, {}, test_world());
+    }
+
+    void rank(const std::string& file, const std::string& rule)
+    {
+        on_root([&] {
+            std::ofstream scores(path("scores.jsonl"));
+            for (std::int64_t i = 0; i < row_count; ++i) {
+                const double generated = i == 3 || i == 8 ? std::nan("") : static_cast<double>(i % 3); // best, middle or worst
+                scores << R"({"prompt_id": "id)" << i << R"(", "scores": [)";
+                if (std::isnan(generated))
+                    scores << "null";
+                else
+                    scores << generated;
+                scores << ", " << 0.5 + static_cast<double>(i % 2) << ", 0.25]}\n";
+            }
+        });
+        RankOptions options;
+        options.common = common();
+        options.iter = file;
+        options.rankers = {"file:" + path("scores.jsonl")};
+        options.update_rule = rule;
+        run_rank(options, test_world());
+    }
+
+    std::string path(const std::string& name) const { return directory_->path(name); }
+    void on_root(const std::function<void()>& body)
+    {
+        agree(test_world(), "rank 0 of the test", [&] {
+            if (test_world().is_root())
+                body();
+        });
+    }
+
+    /// The error that every rank must get, with these words in its message.
+    void expect_error(ExitCode code, const std::vector<std::string>& words, const std::function<void()>& body)
+    {
+        std::optional<Error> error;
+        try {
+            body();
+        } catch (const Error& caught) {
+            error.emplace(caught);
+        }
+        const auto ranks = all_reduce_value(test_world(), std::int64_t{error ? 1 : 0}, ReduceOp::sum, "ranks with an error");
+        ASSERT_EQ(ranks, test_world().size()) << "no error where one was expected: " << words.front();
+        EXPECT_EQ(error->code(), code) << error->what();
+        for (const std::string& word : words)
+            EXPECT_NE(std::string(error->what()).find(word), std::string::npos) << error->what();
+    }
+
+    LogProbOptions logprob_options_;
+    TrainOptions train_options_;
+
+  private:
+    std::unique_ptr<SharedDirectory> directory_;
+};
+
+} // namespace selm::test
