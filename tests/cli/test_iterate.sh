@@ -1,0 +1,128 @@
+#!/usr/bin/env bash
+# selm_iter on a tiny model: a whole run, a rerun, a stop file, kills at random moments, another recipe, --status.
+set -euo pipefail
+# shellcheck source=tests/cli/expect.sh
+source "$(dirname "${BASH_SOURCE[0]}")/expect.sh"
+bin=$SELM_BIN_DIR
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+cd "$work"
+"$SELM_TOOL_DIR/selm_tiny_model_tool" policy seed=1
+"$SELM_TOOL_DIR/selm_tiny_model_tool" reward seed=2 classifier
+cat > recipe.cfg <<CFG
+[run]
+policy = policy
+train = $SELM_SOURCE_DIR/data/ultrafeedback_sample.jsonl
+train-rows = 0:13
+test = $SELM_SOURCE_DIR/data/ultrafeedback_sample.jsonl
+test-rows = 96:99
+iterations = 2
+max-length = 192
+max-prompt-length = 96
+dtype = fp32
+[import]
+on-empty-answer = keep
+[gen]
+max-new-tokens = 24
+on-long-prompt = skip
+[rank]
+ranker = reward:reward
+[train]
+learning-rate = 1e-3,5e-4
+global-batch = 2
+save-dtype = fp32
+CFG
+
+iter() { # iter RANKS RUN ARGUMENTS...
+    local ranks=$1 run=$2
+    shift 2
+    mpi "$ranks" timeout 120 "$bin/selm_iter" --config recipe.cfg --run "$run" --progress off "$@"
+}
+digests() { # of everything a run computed
+    local t
+    for t in 0 1 2; do
+        "$bin/selm_inspect" --digest "$1/iter$t/test.h5"
+    done
+    for t in 1 2; do
+        "$bin/selm_inspect" --digest "$1/iter$t/iter.h5"
+        sha256sum < "$1/iter$t/policy/model.safetensors"
+    done
+}
+same() { # same RUN A DESCRIPTION
+    checks=$((checks + 1))
+    [ "$(digests "$1")" = "$(digests "$2")" ] || fail "$1 and $2 differ ($3)"
+}
+
+# --- a whole run: what it prints and what it leaves
+expect 0 'iteration 2' iter 2 whole
+expect_count 2 '^iteration [12]$'
+expect_count 2 'new answer was +best'
+expect_count 2 'loss +[0-9.]+ = DPO'
+expect_count 2 'held-out answers +mean ranker score'
+expect_count 2 'train +[0-9]+ tokens/s'
+for file in recipe.cfg manifest.json prefs.h5 test.h5 iter0/test.h5 iter1/iter.h5 iter2/policy/config.json iter1/policy/metrics.jsonl; do
+    checks=$((checks + 1))
+    [ -e "whole/$file" ] || fail "whole/$file is missing"
+done
+for file in iter0/test.h5 iter1/iter.h5 iter1/test.h5 iter2/iter.h5 iter2/test.h5; do
+    expect 0 'verified' "$bin/selm_inspect" --verify "whole/$file"
+done
+checks=$((checks + 1))
+leftovers=$(find whole -name '*.journal' -o -name '*.partial*')
+[ -z "$leftovers" ] || fail "left behind: $leftovers"
+# The first step of an iteration has learning rate 0 and loss log 2; the policy must have moved after it.
+checks=$((checks + 1))
+grep -q '"loss":0.69314' whole/iter1/policy/metrics.jsonl || fail "the first loss is not log 2"
+checks=$((checks + 1))
+[ "$(sha256sum < whole/iter1/policy/model.safetensors)" != "$(sha256sum < policy/model.safetensors)" ] || fail "training changed nothing"
+
+# --- a rerun finds everything done, on another number of ranks
+before=$(digests whole)
+expect 0 'iteration 2' iter 3 whole
+checks=$((checks + 1))
+[ "$(digests whole)" = "$before" ] || fail "a rerun changed a finished run"
+
+# --- without mpirun, status reads only
+expect 0 'iteration 2' "$bin/selm_iter" --run whole --status
+expect_count 3 'test_rank +done'
+expect 65 'no run directory' "$bin/selm_iter" --run policy --status
+
+# --- another recipe is refused and the key named
+expect 78 'train.beta was 0.01, now 0.1' iter 2 whole --train.beta 0.1
+expect 0 'iteration 2' iter 2 whole --gen.slots 3
+
+# --- STOP: exit 75, then on from there to the same results
+mkdir stopped
+touch stopped/STOP
+expect 75 'stop requested' iter 2 stopped
+rm stopped/STOP
+expect 0 'iteration 2' iter 2 stopped
+same stopped whole "stopped and continued"
+
+# --- kill -9 of a rank at random moments until the run is done
+attempts=0
+while [ $attempts -lt 40 ]; do
+    attempts=$((attempts + 1))
+    iter 2 killed >killed.log 2>&1 &
+    launcher=$!
+    sleep "$((attempts / 4 + RANDOM % 3)).$((RANDOM % 10))"
+    # shellcheck disable=SC2016
+    victim=$(pgrep -f "selm_iter --config recipe.cfg --run killed" | xargs -r -n1 sh -c 'grep -q "^selm_iter" /proc/$0/comm 2>/dev/null && echo $0' | sort -R | head -1 || true)
+    if [ -n "$victim" ]; then
+        kill -9 "$victim" 2>/dev/null || true
+    fi
+    status=0
+    wait "$launcher" || status=$?
+    [ "$status" -ne 0 ] || break
+done
+echo "killed $((attempts - 1)) times"
+checks=$((checks + 1))
+[ "$status" -eq 0 ] || { fail "the killed run never ended"; cat killed.log; }
+same killed whole "killed and rerun"
+
+# --- a first iteration on the given pairs
+expect 0 'iteration 1' iter 2 dpo --first-iteration dpo --iterations 1
+checks=$((checks + 1))
+grep -q '"loss/optimism":0.0' dpo/iter1/policy/metrics.jsonl || fail "iterative DPO has an optimism term"
+
+finish
