@@ -19,7 +19,8 @@ EngineOptions engine_options(const CommonOptions& options)
 {
     return {.engine = options.engine,
             .device = options.device == "cuda" ? Device::cuda : Device::cpu,
-            .threads = static_cast<int>(options.threads)};
+            .threads = static_cast<int>(options.threads),
+            .activation = parse_dtype(options.dtype)};
 }
 
 } // namespace
