@@ -15,7 +15,9 @@ namespace {
 
 enum class Request : std::int32_t { item, stop, goodbye };
 
+/// From rank 0: an answer to a request, or the one notice that each rank gets: hand-out was stopped, or is over.
 struct Reply {
+    std::int64_t is_notice = 0;
     std::int64_t has_item = 0;
     std::int64_t item = 0;
     std::int64_t stopped = 0;
@@ -51,6 +53,7 @@ WorkQueue::WorkQueue(Communicator& comm, std::vector<std::int64_t> items, Option
 {
     SELM_EXPECT(options_.prefetch >= 1 && options_.initial_per_rank >= 0 && options_.tag >= 0);
     const auto np = static_cast<std::size_t>(comm.size());
+    notified_.assign(np, false);
     const std::size_t dealt = std::min(items_.size(), np * static_cast<std::size_t>(options_.initial_per_rank));
     for (auto i = static_cast<std::size_t>(comm.rank()); i < dealt; i += np)
         ready_.push_back(items_[i]);
@@ -74,26 +77,37 @@ void WorkQueue::answer_requests()
                        Reply{.has_item = item ? 1 : 0, .item = item.value_or(0), .stopped = stopped_ ? 1 : 0});
             break;
         }
-        case Request::stop: stopped_ = true; break;
-        case Request::goodbye: ++departed_; break;
+        case Request::stop: stop(); break;
+        case Request::goodbye:
+            ++departed_;
+            notify(message->source);
+            break;
         }
     }
 }
 
+void WorkQueue::notify(int rank)
+{
+    if (notified_[static_cast<std::size_t>(rank)])
+        return;
+    notified_[static_cast<std::size_t>(rank)] = true;
+    send_value(comm_, rank, options_.tag + 1, Reply{.is_notice = 1, .stopped = stopped_ ? 1 : 0});
+}
+
 void WorkQueue::take_replies()
 {
-    while (outstanding_ > 0) {
-        const auto message = comm_.try_receive(options_.tag + 1);
-        if (!message)
-            return;
+    while (const auto message = comm_.try_receive(options_.tag + 1)) {
         const auto reply = value_of<Reply>(*message);
+        stopped_ = stopped_ || reply.stopped != 0;
+        if (reply.is_notice != 0) {
+            noticed_ = true;
+            continue;
+        }
         --outstanding_;
         if (reply.has_item != 0)
             ready_.push_back(reply.item);
         else
             exhausted_ = true;
-        if (reply.stopped != 0)
-            stopped_ = true;
     }
 }
 
@@ -168,6 +182,8 @@ void WorkQueue::stop()
     stopped_ = true;
     if (!comm_.is_root())
         send_value(comm_, 0, options_.tag, Request::stop);
+    for (int rank = 1; comm_.is_root() && rank < comm_.size(); ++rank)
+        notify(rank);
 }
 
 void WorkQueue::drain()
@@ -194,6 +210,11 @@ void WorkQueue::drain()
         }
         ready_.clear();
         send_value(comm_, 0, options_.tag, Request::goodbye);
+        while (!noticed_) {
+            take_replies();
+            if (!noticed_)
+                sleep_a_little(microseconds);
+        }
     }
     drained_ = true;
 }

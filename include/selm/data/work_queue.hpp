@@ -41,14 +41,15 @@ class WorkQueue {
     /// Answers what has come (rank 0) or takes in what has come (others). Cheap. Not collective.
     void poll();
 
-    /// No further items are handed out to any rank (a stop request, a failure of this rank). Not collective.
+    /// No further items are handed out to any rank (a stop request, a failure of this rank). The others see it in stopped()
+    /// as soon as they poll, whether they ask for work or not. Not collective.
     void stop();
     /// True when this rank knows that somebody called stop(); rank 0 is certain after drain(), run_queue() tells all.
     bool stopped() const noexcept { return stopped_; }
 
     /**
-     * @brief Ends the hand-out: every rank calls it once, also after an error. Ranks other than 0 leave when their last
-     * request is answered, rank 0 when all have; sleeps while waiting. Afterwards no message is left. A rank that calls it
+     * @brief Ends the hand-out: every rank calls it once, also after an error. Ranks other than 0 leave when rank 0 has answered
+     * their last message, rank 0 when all have come; sleeps while waiting. Afterwards no message is left. A rank that calls it
      * before try_next() said finished has given up: that counts as stop().
      */
     void drain();
@@ -60,6 +61,7 @@ class WorkQueue {
 
   private:
     void answer_requests();
+    void notify(int rank);
     void take_replies();
     void request_ahead();
     void sleep_a_little(unsigned& microseconds);
@@ -72,6 +74,8 @@ class WorkQueue {
     int departed_ = 0;                ///< rank 0: ranks that have left
     std::deque<std::int64_t> ready_;
     std::int64_t outstanding_ = 0;    ///< requests sent and not answered
+    std::vector<bool> notified_;      ///< rank 0: who got the notice that hand-out is over
+    bool noticed_ = false;            ///< other ranks: it came
     bool exhausted_ = false, stopped_ = false, drained_ = false;
     std::int64_t taken_ = 0;
     double idle_s_ = 0;
