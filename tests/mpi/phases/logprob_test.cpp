@@ -146,7 +146,7 @@ TEST_F(LogProb, RefusesWhatItCannotScore)
     expect_error(ExitCode::configuration, {"--max-length 100000"}, [&] { run_logprob(bad, test_world()); });
     bad = logprob_options_;
     bad.iter = path("unranked.h5");
-    make_iteration(bad.iter);
+    make_iteration(path("prefs.h5"), bad.iter);
     expect_error(ExitCode::bad_data, {"unranked.h5", "selm_rank"}, [&] { run_logprob(bad, test_world()); });
     on_root([&] { test::make_tiny_model(path("damaged"), {.damaged = true}); });
     bad = logprob_options_;

@@ -21,12 +21,6 @@ namespace fs = std::filesystem;
 
 class Train : public test::TrainingFixture {
   protected:
-    void SetUp() override
-    {
-        TrainingFixture::SetUp();
-        run_logprob(logprob_options_, test_world());
-    }
-
     TrainOptions to(const std::string& output)
     {
         TrainOptions options = train_options_;
@@ -242,7 +236,7 @@ TEST_F(Train, RefusesLogProbsOfSomethingElse)
     bad = train_options_;
     bad.policy = path("other");
     expect_error(ExitCode::bad_data, {"another model"}, [&] { together(bad); });
-    rank(path("iter.h5"), "replace");
+    rank(path("scored.h5"), path("scores.jsonl"), "replace");
     expect_error(ExitCode::bad_data, {"another choice of pairs", "selm_logp"}, [&] { together(train_options_); });
     EXPECT_FALSE(fs::exists(train_options_.output));
 }
@@ -276,6 +270,7 @@ TEST_F(Train, AlphaZeroDoesNotEvaluateTheOptimismTerm)
 TEST_F(Train, Bf16WeightsStartAtLogTwoToo)
 {
     logprob_options_.common.dtype = train_options_.common.dtype = "bf16";
+    logprob_options_.iter = train_options_.iter;
     run_logprob(logprob_options_, test_world());
     train_options_.save_dtype = "bf16";
     const TrainReport report = together(train_options_);

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cmath>
+#include <filesystem>
 #include <fstream>
 #include <memory>
 #include <optional>
@@ -28,18 +29,50 @@ class TrainingFixture : public ::testing::Test {
   protected:
     static constexpr std::int64_t row_count = 11;
 
+    /// Files that all tests begin with are made once: model/, prefs.h5, iter.h5 (ranked) and scored.h5 (with log-probs).
+    static void SetUpTestSuite()
+    {
+        base_ = std::make_unique<SharedDirectory>(test_world());
+        agree(test_world(), "tiny model", [] {
+            if (test_world().is_root())
+                make_tiny_model(base_->path("model"));
+        });
+        write_preferences(base_->path("prefs.h5"), test_world().is_root() ? preference_rows() : std::vector<PreferenceRow>(), {}, test_world());
+        make_iteration(base_->path("prefs.h5"), base_->path("iter.h5"));
+        rank(base_->path("iter.h5"), base_->path("scores.jsonl"), "best-worst");
+        agree(test_world(), "copy", [] {
+            if (test_world().is_root())
+                std::filesystem::copy_file(base_->path("iter.h5"), base_->path("scored.h5"));
+        });
+        run_logprob(logprob_defaults(base_->path("scored.h5"), base_->path("model")), test_world());
+    }
+    static void TearDownTestSuite() { base_.reset(); }
+
+    static LogProbOptions logprob_defaults(const std::string& iter, const std::string& model)
+    {
+        LogProbOptions options;
+        options.common = common();
+        options.encoding = {.encoding = "chat", .chat_format = "", .max_length = 96, .max_prompt_length = 48};
+        options.iter = iter;
+        options.model = model;
+        options.tokens_per_microbatch = 200;
+        return options;
+    }
+
     void SetUp() override
     {
         directory_ = std::make_unique<SharedDirectory>(test_world());
-        on_root([&] { make_tiny_model(path("model")); });
-        write_preferences(path("prefs.h5"), test_world().is_root() ? preference_rows() : std::vector<PreferenceRow>(), {}, test_world());
-        make_iteration(path("iter.h5"));
-        rank(path("iter.h5"), "best-worst");
-        logprob_options_.common = train_options_.common = common();
-        logprob_options_.encoding = train_options_.encoding = {.encoding = "chat", .chat_format = "", .max_length = 96, .max_prompt_length = 48};
-        logprob_options_.iter = train_options_.iter = path("iter.h5");
-        logprob_options_.model = train_options_.policy = path("model");
-        logprob_options_.tokens_per_microbatch = train_options_.tokens_per_microbatch = 200;
+        on_root([&] {
+            std::filesystem::copy(base_->path("model"), path("model"));
+            for (const char* file : {"prefs.h5", "iter.h5", "scored.h5"})
+                std::filesystem::copy_file(base_->path(file), path(file));
+        });
+        logprob_options_ = logprob_defaults(path("iter.h5"), path("model"));
+        train_options_.common = common();
+        train_options_.encoding = logprob_options_.encoding;
+        train_options_.iter = path("scored.h5");
+        train_options_.policy = path("model");
+        train_options_.tokens_per_microbatch = 200;
         train_options_.output = path("policy");
         train_options_.alpha = {0.1};
         train_options_.beta = {0.1};
@@ -80,9 +113,9 @@ class TrainingFixture : public ::testing::Test {
         return rows;
     }
 
-    void make_iteration(const std::string& file)
+    static void make_iteration(const std::string& prefs_file, const std::string& file)
     {
-        const PreferencesReader prefs(path("prefs.h5"));
+        const PreferencesReader prefs(prefs_file);
         std::vector<std::int64_t> rows;
         std::vector<GeneratedAnswer> answers;
         for (std::int64_t i = 0; i < row_count; ++i) {
@@ -96,10 +129,12 @@ class TrainingFixture : public ::testing::Test {
         write_iteration(file, prefs, rows, answers, {}, {}, test_world());
     }
 
-    void rank(const std::string& file, const std::string& rule)
+    static void rank(const std::string& file, const std::string& scores_file, const std::string& rule)
     {
-        on_root([&] {
-            std::ofstream scores(path("scores.jsonl"));
+        agree(test_world(), "scores", [&] {
+            if (!test_world().is_root())
+                return;
+            std::ofstream scores(scores_file);
             for (std::int64_t i = 0; i < row_count; ++i) {
                 const double generated = i == 3 || i == 8 ? std::nan("") : static_cast<double>(i % 3); // best, middle or worst
                 scores << R"({"prompt_id": "id)" << i << R"(", "scores": [)";
@@ -113,7 +148,7 @@ class TrainingFixture : public ::testing::Test {
         RankOptions options;
         options.common = common();
         options.iter = file;
-        options.rankers = {"file:" + path("scores.jsonl")};
+        options.rankers = {"file:" + scores_file};
         options.update_rule = rule;
         run_rank(options, test_world());
     }
@@ -148,6 +183,7 @@ class TrainingFixture : public ::testing::Test {
 
   private:
     std::unique_ptr<SharedDirectory> directory_;
+    inline static std::unique_ptr<SharedDirectory> base_;
 };
 
 } // namespace selm::test
