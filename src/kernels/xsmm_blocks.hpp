@@ -9,6 +9,21 @@ namespace selm::xsmm {
 /// Rows of x per kernel call of a matrix product.
 inline constexpr std::int64_t rows_per_call = 64;
 
+/// Outputs (or inputs) per panel, at most.
+inline constexpr std::int64_t most_panel_width = 64;
+
+/**
+ * to (+)= from, `rows` rows of `columns` elements. A kernel adds its products one after another to what C holds: into a
+ * long-running sum every single product would be rounded off. So sums of one call are computed apart and then added.
+ */
+inline void place_tile(const float* from, std::int64_t from_stride, std::int64_t rows, std::int64_t columns, bool add,
+                       float* to, std::int64_t to_stride)
+{
+    for (std::int64_t row = 0; row < rows; ++row, from += from_stride, to += to_stride)
+        for (std::int64_t column = 0; column < columns; ++column)
+            to[column] = add ? to[column] + from[column] : from[column];
+}
+
 /// LIBXSMM counts in 32 bits.
 inline std::int32_t narrow(std::int64_t value)
 {

@@ -167,18 +167,21 @@ void XsmmEngine::add_head_input_gradient(const PackedWeight& head, const float* 
                                          std::int64_t columns, const Tensor& dh_RH)
 {
     const std::int64_t width = kernels_.panel_width();
+    alignas(64) float sums[rows_per_call * most_panel_width];
     for (std::int64_t input = 0; input < head.inputs; input += width) {
-        GemmShape shape{.m = narrow(std::min(width, head.inputs - input)),
+        const std::int64_t inputs = std::min(width, head.inputs - input);
+        GemmShape shape{.m = narrow(inputs),
                         .n = 0,
                         .k = narrow(columns),
                         .lda = narrow(width),
                         .ldb = columns_per_tile,
-                        .ldc = narrow(dh_RH.stride),
-                        .accumulate = column > 0};
+                        .ldc = narrow(width),
+                        .accumulate = false};
         const float* const panel = head.backward.f32() + input * head.outputs + column * width;
         for (std::int64_t row = 0; row < dh_RH.rows; row += rows_per_call) {
             shape.n = narrow(std::min(rows_per_call, dh_RH.rows - row));
-            kernels_.find(shape)(panel, d_logits + row * columns_per_tile, dh_RH.row_f32(row) + input);
+            kernels_.find(shape)(panel, d_logits + row * columns_per_tile, sums);
+            place_tile(sums, width, shape.n, inputs, column > 0, dh_RH.row_f32(row) + input, dh_RH.stride);
         }
     }
 }
