@@ -242,7 +242,7 @@ TEST_P(MalformedSafetensors, IsOneErrorThatNamesFileAndTensor)
 }
 
 INSTANTIATE_TEST_SUITE_P(All, MalformedSafetensors, ::testing::ValuesIn(malformed_files()),
-                         [](const auto& info) { return std::string(info.param.name); });
+                         [](const auto& test) { return std::string(test.param.name); });
 
 TEST(Safetensors, ReadingNamesTheTensorThatDoesNotFit)
 {
