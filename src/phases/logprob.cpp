@@ -52,6 +52,9 @@ Input open_input(const LogProbOptions& options, Communicator& comm)
     agree(comm, "opening the rows", [&] {
         input.reader = std::make_unique<IterationReader>(options.iter);
         input.pairs = input.reader->pairs();
+        SELM_VALIDATE(input.pairs.update_rule != "none", ExitCode::bad_data,
+                      options.iter << " was ranked with --generated-only on (held-out answers have no pairs to learn from). "
+                                      "Rank it without --generated-only first");
     });
     input.pairs_digest = root_string(comm, "digest of the pairs", [&] { return input.reader->pairs_digest(); });
     input.model_digest = root_string(comm, "digest of the model", [&] { return model_digest(options.model); });
@@ -312,8 +315,10 @@ LogProbReport run_logprob(const LogProbOptions& options, Communicator& comm)
     const LogProbAttributes attributes = attributes_of(options, input, model->engine().name(), encoder->format_name());
     const std::string journal_of = cat(options.iter, ".logprobs-", options.name);
     if (already_there(options, input, attributes, comm)) {
-        if (comm.is_root())
-            Journal::remove_leftover(journal_of);
+        agree(comm, "leftover journal", [&] {
+            if (comm.is_root()) // of a run that was killed between publishing and tidying up
+                Journal::remove_leftover(journal_of);
+        });
         report.outcome = Outcome::already_complete;
         SELM_LOG(info, options.iter << " has the log-probs '" << options.name << "' already");
         return report;

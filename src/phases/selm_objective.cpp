@@ -227,6 +227,8 @@ SelmObjectiveParts make_selm_objective(const TrainOptions& options, Communicator
         rows.reader = std::make_unique<IterationReader>(options.iter);
         SELM_VALIDATE(rows.reader->rows() > 0, ExitCode::bad_data, options.iter << " has no rows (there is nothing to train on)");
         rows.pairs = rows.reader->pairs();
+        SELM_VALIDATE(rows.pairs.update_rule != "none", ExitCode::bad_data,
+                      options.iter << " holds held-out answers (there are no pairs to learn from). Pass --iter of ranked training rows");
         rows.reference = rows.reader->logprobs(options.reference);
         rows.reference_digest = digest_of(rows.reference);
     });

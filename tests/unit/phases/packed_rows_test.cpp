@@ -1,0 +1,103 @@
+#include "packed_rows.hpp"
+
+#include <algorithm>
+#include <numeric>
+
+#include <gtest/gtest.h>
+
+#include "selm/base/error.hpp"
+#include "selm/base/rng.hpp"
+
+namespace selm {
+namespace {
+
+std::vector<std::int64_t> random_costs(std::size_t count)
+{
+    RandomStream random(5, 9, 0, 0);
+    std::vector<std::int64_t> costs(count);
+    for (auto& cost : costs)
+        cost = 20 + static_cast<std::int64_t>(random.next_below(1500));
+    return costs;
+}
+
+EncodedRow encoded_row()
+{
+    EncodedRow row;
+    row.prompt = {1, 2, 3};
+    row.responses[0] = std::vector<std::int32_t>{7, 8};
+    row.responses[1] = std::vector<std::int32_t>{9};
+    row.responses[2] = std::vector<std::int32_t>{7, 8};
+    return row;
+}
+
+TEST(PackRow, EqualAnswersShareABranch)
+{
+    const PackedRow row = pack_row(4, encoded_row(), {true, true, true});
+    ASSERT_EQ(row.branches.size(), 2U);
+    EXPECT_EQ(row.branch_of, (std::array<std::int32_t, 3>{0, 1, 0}));
+    EXPECT_EQ(row.branches[0].tokens, (std::vector<std::int32_t>{7, 8}));
+    EXPECT_EQ(row.tokens(), 3 + 2 + 1);
+    EXPECT_EQ(row.position, 4);
+}
+
+TEST(PackRow, UnwantedAnswersAreNotComputed)
+{
+    const PackedRow row = pack_row(0, encoded_row(), {false, true, false});
+    ASSERT_EQ(row.branches.size(), 1U);
+    EXPECT_EQ(row.branch_of, (std::array<std::int32_t, 3>{-1, 0, -1}));
+    EXPECT_EQ(row.tokens(), 4);
+    EncodedRow without = encoded_row();
+    without.responses[0].reset();
+    EXPECT_THROW(pack_row(0, without, {true, true, true}), Error);
+}
+
+TEST(WantedCandidates, AreTheBestTheWorstAndTheGeneratedOne)
+{
+    EXPECT_EQ(wanted_candidates(1, 2, true), (WantedCandidates{true, true, true}));
+    EXPECT_EQ(wanted_candidates(1, 2, false), (WantedCandidates{false, true, true}));
+    EXPECT_EQ(wanted_candidates(0, 2, false), (WantedCandidates{true, false, true}));
+    EXPECT_EQ(wanted_candidates(1, 1, false), (WantedCandidates{false, true, false}));
+}
+
+TEST(MicrobatchEnds, KeepTheBudgetAndARowAboveItIsAlone)
+{
+    using Ends = std::vector<std::size_t>;
+    EXPECT_EQ(microbatch_ends(std::vector<std::int64_t>{}, 10), Ends{});
+    EXPECT_EQ(microbatch_ends(std::vector<std::int64_t>{4, 6, 1}, 10), (Ends{2, 3}));
+    EXPECT_EQ(microbatch_ends(std::vector<std::int64_t>{4, 25, 1, 2}, 10), (Ends{1, 2, 4}));
+    EXPECT_EQ(microbatch_ends(std::vector<std::int64_t>{25, 25}, 10), (Ends{1, 2}));
+    EXPECT_EQ(microbatch_ends(std::vector<std::int64_t>{1, 1, 1}, 1), (Ends{1, 2, 3}));
+}
+
+class BalanceRows : public ::testing::TestWithParam<int> {};
+
+TEST_P(BalanceRows, EveryRowHasOneRankAndTokensAreEven)
+{
+    const int ranks = GetParam();
+    for (const std::size_t rows : {std::size_t{1}, std::size_t{3}, std::size_t{256}, std::size_t{5000}}) {
+        const auto costs = random_costs(rows);
+        const auto dealt = balance_rows(costs, ranks);
+        ASSERT_EQ(dealt.size(), static_cast<std::size_t>(ranks));
+        std::vector<int> seen(rows, 0);
+        std::vector<std::int64_t> loads;
+        for (const auto& of_rank : dealt) {
+            EXPECT_TRUE(std::is_sorted(of_rank.begin(), of_rank.end()));
+            std::int64_t load = 0;
+            for (const std::size_t row : of_rank) {
+                ++seen[row];
+                load += costs[row];
+            }
+            loads.push_back(load);
+        }
+        EXPECT_TRUE(std::all_of(seen.begin(), seen.end(), [](int count) { return count == 1; }));
+        // Greedy by size: no load exceeds another by more than the largest row.
+        const auto [least, most] = std::minmax_element(loads.begin(), loads.end());
+        EXPECT_LE(*most - *least, *std::max_element(costs.begin(), costs.end()));
+        EXPECT_EQ(dealt, balance_rows(costs, ranks));
+    }
+}
+
+INSTANTIATE_TEST_SUITE_P(Ranks, BalanceRows, ::testing::Values(1, 2, 3, 8, 512, 4096));
+
+} // namespace
+} // namespace selm
