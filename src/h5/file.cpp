@@ -325,17 +325,19 @@ struct File::State {
 
     /**
      * Makes sure that the file can grow by @p more bytes and some metadata before HDF5 is told to: it does not survive a
-     * write that fails later (it would crash at its end). Within together().
+     * write that fails later (it would crash at its end). Collective, and apart from what it is for: every rank stops here.
      */
     void reserve(std::int64_t more)
     {
         largest_size += more + object_bytes;
-        check_size_limit(path, largest_size + metadata_bytes);
         if (largest_size + metadata_bytes <= reserved)
             return;
         reserved = largest_size + 2 * metadata_bytes;
-        if (comm->is_root())
-            reserve_space(path, reserved);
+        together("space for an HDF5 file", [&] {
+            check_size_limit(path, reserved);
+            if (comm->is_root())
+                reserve_space(path, reserved);
+        });
     }
 
     /// Gives back what was reserved beyond the file's end.
@@ -502,8 +504,8 @@ File File::create(const std::string& path, Communicator& comm)
     state->together("creating an HDF5 file", [&] {
         if (!state->file.valid())
             state->fail("creating it");
-        state->reserve(0);
     });
+    state->reserve(0);
     return File(std::move(state));
 }
 
@@ -729,9 +731,9 @@ Attributes File::attributes(const std::string& object) const
 void File::set_attribute(const std::string& object, const std::string& name, const AttributeValue& value)
 {
     SELM_EXPECT(state_->comm != nullptr);
+    const auto* words = std::get_if<std::string>(&value);
+    state_->reserve(words != nullptr ? static_cast<std::int64_t>(words->size()) : 0);
     state_->together("HDF5 attribute", [&] {
-        const auto* words = std::get_if<std::string>(&value);
-        state_->reserve(words != nullptr ? static_cast<std::int64_t>(words->size()) : 0);
         const Id id = state_->open_object(object);
         if (H5Aexists(id.get(), name.c_str()) > 0 && H5Adelete(id.get(), name.c_str()) < 0)
             state_->fail(cat("replacing attribute ", name, " of ", object));
@@ -770,8 +772,8 @@ void File::create_group(const std::string& path)
     if (path == "/" || state_->link_exists(path))
         return;
     create_group(parent_of(path));
+    state_->reserve(0);
     state_->together("HDF5 group", [&] {
-        state_->reserve(0);
         const Id group(H5Gcreate2(state_->file.get(), path.c_str(), H5P_DEFAULT, H5P_DEFAULT, H5P_DEFAULT), H5Gclose);
         if (!group.valid())
             state_->fail("creating group " + path);
@@ -782,9 +784,9 @@ void File::create_dataset(const std::string& path, ElementType type, const std::
 {
     SELM_EXPECT(state_->comm != nullptr && !shape.empty());
     create_group(parent_of(path));
+    const std::int64_t elements = DatasetInfo{.type = type, .shape = shape}.elements();
+    state_->reserve(elements * static_cast<std::int64_t>(bytes_of(type)));
     state_->together("HDF5 dataset", [&] {
-        const std::int64_t elements = DatasetInfo{.type = type, .shape = shape}.elements();
-        state_->reserve(elements * static_cast<std::int64_t>(bytes_of(type)));
         const std::vector<hsize_t> extent = dimensions(shape);
         const Id space(H5Screate_simple(static_cast<int>(extent.size()), extent.data(), nullptr), H5Sclose);
         const Id creation(H5Pcreate(H5P_DATASET_CREATE), H5Pclose);

@@ -161,7 +161,7 @@ bool already_complete(const ImportOptions& options, const std::string& recipe_ha
         if (digest != source_digest)
             throw other("was made from another input");
         if (hash != recipe_hash)
-            throw other("was made with other options (--rows, --limit, --on-bad-row or --on-empty-answer)");
+            throw other("was made with another --rows, --limit, --on-bad-row or --on-empty-answer");
         report.rows = reader.rows();
         report.digest = reader.digest();
     } catch (const Error& problem) {

@@ -70,14 +70,14 @@ void print_head(std::ostream& out, const h5::File& file, std::int64_t rows)
     out << file.path() << ": " << attribute_text(file, "format") << ", format version " << attribute_text(file, "format_version") << ", "
         << rows << " rows\n";
     for (const char* name : {"created", "software", "config_hash", "source_digest"})
-        out << "  " << std::left << std::setw(22) << name << attribute_text(file, name) << "\n";
+        out << "  " << std::left << std::setw(24) << name << attribute_text(file, name) << "\n";
 }
 
 void print_extra(std::ostream& out, const h5::File& file, const std::vector<std::string>& shown)
 {
     for (const auto& [name, value] : file.attributes("/"))
         if (std::find(shown.begin(), shown.end(), name) == shown.end())
-            out << "  " << std::left << std::setw(22) << name << text_of(value) << "\n";
+            out << "  " << std::left << std::setw(24) << name << text_of(value) << "\n";
     const auto config = file.attribute("/", "config");
     const auto* text = config ? std::get_if<std::string>(&*config) : nullptr;
     if (text == nullptr || text->empty())
@@ -263,7 +263,7 @@ void print_contents(std::ostream& out, const std::string& path, const std::strin
     const h5::File file = h5::File::open(path);
     out << path << ": " << (format.empty() ? "not a file that SELM wrote" : format) << "\n";
     for (const auto& [name, value] : file.attributes("/"))
-        out << "  " << std::left << std::setw(22) << name << text_of(value) << "\n";
+        out << "  " << std::left << std::setw(24) << name << text_of(value) << "\n";
     for (const std::string& dataset : file.datasets()) {
         const h5::DatasetInfo info = file.info(dataset);
         out << "  " << dataset << "  " << h5::name_of(info.type) << " [";

@@ -65,7 +65,7 @@ void expect_stop_reaches_busy_ranks(int stopping_rank, std::int64_t item_count)
 TEST(WorkQueueStop, ReachesRanksThatAskForNothing)
 {
     for (const int rank : {0, test_world().size() - 1}) {
-        expect_stop_reaches_busy_ranks(rank, 100);                // more work is there
+        expect_stop_reaches_busy_ranks(rank, 100);                 // more work is there
         expect_stop_reaches_busy_ranks(rank, test_world().size()); // each rank has its last item
     }
 }

@@ -131,29 +131,44 @@ TEST(ParallelFile, AnErrorOfOneRankLeavesNothing)
     EXPECT_EQ(entries(directory.path("")), 0U);
 }
 
-TEST(ParallelFile, AFullDiskIsAnIoErrorOnEveryRankAndLeavesTheOldFile)
+/// Writes more than the limit allows over an older file; the limit holds on all ranks or on one.
+void check_full_disk(Communicator& comm, bool on_this_rank)
 {
-    Communicator& comm = test_world();
     const SharedDirectory directory(comm);
     const std::string path = directory.path("a.h5");
     h5::write_and_publish(path, comm, "", [](h5::File& file) { file.write_blocks("/x", std::vector<double>{1}); });
     ExitCode code = ExitCode::done;
+    std::string message;
     {
-        const FileSizeLimit limit(256 << 10);
+        std::optional<FileSizeLimit> limit;
+        if (on_this_rank)
+            limit.emplace(256 << 10);
         try {
             h5::write_and_publish(path, comm, "", [](h5::File& file) {
+                file.write_blocks("/small", std::vector<double>(1000, 2.0));
                 file.write_blocks("/x", std::vector<double>(100000, 2.0));
             });
         } catch (const Error& error) {
             code = error.code();
-            if (comm.is_root())
-                RecordProperty("message", error.what());
+            message = error.what();
         }
     }
     EXPECT_EQ(code, ExitCode::io);
+    EXPECT_NE(message.find("cannot grow to"), std::string::npos) << message;
     comm.barrier("looked");
     EXPECT_EQ(h5::File::open(path).read<double>("/x").front(), 1);
     EXPECT_EQ(entries(directory.path("")), 1U);
+}
+
+TEST(ParallelFile, AFullDiskIsAnIoErrorOnEveryRankAndLeavesTheOldFile)
+{
+    check_full_disk(test_world(), true);
+}
+
+TEST(ParallelFile, AFullDiskThatOneRankAloneSeesIsAnIoErrorOnEveryRank)
+{
+    check_full_disk(test_world(), test_world().is_root());
+    check_full_disk(test_world(), test_world().rank() == test_world().size() - 1);
 }
 
 } // namespace
