@@ -225,7 +225,8 @@ std::int64_t initial_share(std::int64_t items, int ranks, std::int64_t slots)
     return std::min(slots, std::max<std::int64_t>(1, items * 3 / (std::int64_t{4} * ranks)));
 }
 
-bool run_queue(Communicator& comm, WorkQueue& queue, std::string_view label, const std::function<void(WorkQueue&)>& body)
+bool run_queue(Communicator& comm, WorkQueue& queue, std::string_view label,
+               const std::function<void(WorkQueue&)>& body)
 {
     std::exception_ptr failure;
     try {

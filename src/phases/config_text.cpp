@@ -23,21 +23,30 @@ std::string shortest(double value)
 class Collector final : public OptionVisitor {
   public:
     void option(const char* s, const char* n, std::string& v, const char*, OptionRole r) override { add(s, n, v, r); }
-    void option(const char* s, const char* n, std::int64_t& v, const char*, OptionRole r) override { add(s, n, std::to_string(v), r); }
-    void option(const char* s, const char* n, double& v, const char*, OptionRole r) override { add(s, n, shortest(v), r); }
-    void option(const char* s, const char* n, bool& v, const char*, OptionRole r) override { add(s, n, v ? "on" : "off", r); }
+    void option(const char* s, const char* n, std::int64_t& v, const char*, OptionRole r) override
+    {
+        add(s, n, std::to_string(v), r);
+    }
+    void option(const char* s, const char* n, double& v, const char*, OptionRole r) override
+    {
+        add(s, n, shortest(v), r);
+    }
+    void option(const char* s, const char* n, bool& v, const char*, OptionRole r) override
+    {
+        add(s, n, v ? "on" : "off", r);
+    }
     void option(const char* s, const char* n, std::vector<double>& v, const char*, OptionRole r) override
     {
         std::string text;
         for (const double value : v)
-            text += (text.empty() ? "" : ",") + shortest(value);
+            text.append(text.empty() ? "" : ",").append(shortest(value));
         add(s, n, text, r);
     }
     void option(const char* s, const char* n, std::vector<std::string>& v, const char*, OptionRole r) override
     {
         std::string text;
         for (const std::string& value : v)
-            text += (text.empty() ? "" : ",") + value;
+            text.append(text.empty() ? "" : ",").append(value);
         add(s, n, text, r);
     }
 

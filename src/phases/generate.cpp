@@ -76,9 +76,11 @@ void check_output_directory(const std::string& output)
 {
     const std::filesystem::path parent = std::filesystem::path(output).parent_path();
     const std::string directory = parent.empty() ? "." : parent.string();
-    SELM_VALIDATE(std::filesystem::is_directory(directory) && ::access(directory.c_str(), W_OK | X_OK) == 0, ExitCode::usage,
-                  "--output " << output << ": " << directory
-                              << " is no directory that can be written to (answers could not be saved). Make it, or choose another");
+    SELM_VALIDATE(
+        std::filesystem::is_directory(directory) && ::access(directory.c_str(), W_OK | X_OK) == 0, ExitCode::usage,
+        "--output "
+            << output << ": " << directory
+            << " is no directory that can be written to (answers could not be saved). Make it, or choose another");
 }
 
 Input open_input(const GenerateOptions& options, Communicator& comm)
@@ -88,17 +90,20 @@ Input open_input(const GenerateOptions& options, Communicator& comm)
         input.prefs = std::make_unique<PreferencesReader>(options.data);
         input.range = portion_range(input.prefs->rows(), options.portion, options.portions);
         SELM_VALIDATE(input.rows() > 0, ExitCode::bad_data,
-                      options.data << ": portion " << options.portion << " of " << options.portions << " has no rows (the file has "
-                                   << input.prefs->rows() << "). Use fewer portions or more rows");
+                      options.data << ": portion " << options.portion << " of " << options.portions
+                                   << " has no rows (the file has " << input.prefs->rows()
+                                   << "). Use fewer portions or more rows");
         if (comm.is_root())
             check_output_directory(options.output);
     });
     input.source.config = config_text(options);
     input.source.data_digest = root_string(comm, "digest of the prompts", [&] { return input.prefs->digest(); });
     if (options.responses.empty())
-        input.source.policy_digest = root_string(comm, "digest of the policy", [&] { return model_digest(options.policy); });
+        input.source.policy_digest =
+            root_string(comm, "digest of the policy", [&] { return model_digest(options.policy); });
     else if (options.responses != "none")
-        input.source.responses_digest = root_string(comm, "digest of the responses", [&] { return hash_file(options.responses); });
+        input.source.responses_digest =
+            root_string(comm, "digest of the responses", [&] { return hash_file(options.responses); });
     return input;
 }
 
@@ -159,7 +164,7 @@ std::optional<GenerateReport> existing_output(const GenerateOptions& options, co
                           .stopped_by_length = found.length};
 }
 
-// --- generation -------------------------------------------------------------------------------------------------------
+// --- generation
 
 /// Tokenizer and chat format of the policy.
 struct Language {
@@ -192,7 +197,8 @@ std::int64_t new_token_limit(const GenerateOptions& options, const DecoderConfig
     return std::min(options.max_new_tokens, config.max_positions - prompt_tokens);
 }
 
-Plan plan_rows(const GenerateOptions& options, const DecoderConfig& config, const Input& input, const PromptStore& prompts)
+Plan plan_rows(const GenerateOptions& options, const DecoderConfig& config, const Input& input,
+               const PromptStore& prompts)
 {
     Plan plan;
     for (std::int64_t row = input.range.begin; row < input.range.end; ++row) {
@@ -231,15 +237,16 @@ GeneratedAnswer to_answer(const Tokenizer& tokenizer, SampledAnswer sampled)
 class Generator {
   public:
     Generator(const GenerateOptions& options, const Language& language, const PromptStore& prompts, SharedModel& model,
-              std::int64_t slots, std::int64_t capacity, Journal& journal, ProgressReporter& progress, Communicator& comm)
-        : options_(options), language_(language), prompts_(prompts), model_(model), journal_(journal), progress_(progress),
-          comm_(comm), session_(model.decoder(), slots, capacity),
+              std::int64_t slots, std::int64_t capacity, Journal& journal, ProgressReporter& progress,
+              Communicator& comm)
+        : options_(options), language_(language), prompts_(prompts), model_(model), journal_(journal),
+          progress_(progress), comm_(comm), session_(model.decoder(), slots, capacity),
           batch_(batch_options(slots), [this](std::span<const DecodeWork> work) { return run_step(work); })
     {
     }
 
-    /// Until there is no more work for this rank; rank 0 stays until all rows are done everywhere, to spread a stop request
-    /// and to show the progress. Rows in flight are dropped when stopped.
+    /// Until there is no more work for this rank; rank 0 stays until all rows are done everywhere, to spread a stop
+    /// request and to show the progress. Rows in flight are dropped when stopped.
     void run(WorkQueue& queue)
     {
         const Clock::time_point start = Clock::now();
@@ -312,7 +319,8 @@ class Generator {
             const auto prompt = prompts_.prompt(next.item);
             batch_.add({.row = next.item,
                         .prompt = prompt,
-                        .max_new_tokens = new_token_limit(options_, model_.config(), static_cast<std::int64_t>(prompt.size()))});
+                        .max_new_tokens =
+                            new_token_limit(options_, model_.config(), static_cast<std::int64_t>(prompt.size()))});
         }
         return finished;
     }
@@ -378,7 +386,8 @@ void add_up(GenerateReport& report, const Generator& generator, const RankTiming
     report.prompt_tokens = counts[2];
     report.new_tokens = counts[3];
     const double wall = timing.busy_s + timing.idle_s;
-    report.idle_fraction = all_reduce_value(comm, wall > 0 ? timing.idle_s / wall : 0, ReduceOp::sum, "idle time") / comm.size();
+    report.idle_fraction =
+        all_reduce_value(comm, wall > 0 ? timing.idle_s / wall : 0, ReduceOp::sum, "idle time") / comm.size();
 }
 
 void log_start(const GenerateOptions& options, const Language& language, const Plan& plan, const SharedModel& model,
@@ -388,42 +397,49 @@ void log_start(const GenerateOptions& options, const Language& language, const P
     for (const std::int32_t id : language.end_tokens)
         ends += cat(ends.empty() ? "" : ", ", language.tokenizer.token_text(id).value_or("?"), " (", id, ")");
     SELM_LOG(info, "generating " << plan.rows.size() << " answers of at most " << options.max_new_tokens << " tokens, "
-                                 << (options.temperature > 0 ? "sampled" : "greedy") << ", chat format " << language.format.name()
-                                 << ", answers end at " << ends << "; " << comm.size() << " rank(s) of " << slots << " slots");
+                                 << (options.temperature > 0 ? "sampled" : "greedy") << ", chat format "
+                                 << language.format.name() << ", answers end at " << ends << "; " << comm.size()
+                                 << " rank(s) of " << slots << " slots");
     if (resumed > 0)
         SELM_LOG(info, resumed << " of them are in the journal of an earlier run");
     if (!plan.skipped.empty())
-        SELM_LOG(warning, plan.skipped.size() << " row(s) get no answer: their prompt leaves no room in the model's context");
+        SELM_LOG(warning, plan.skipped.size()
+                              << " row(s) get no answer: their prompt leaves no room in the model's context");
     if (!model.engine().row_invariant() && (comm.size() > 1 || slots > 1))
         SELM_LOG(warning, "engine " << model.engine().name()
                                     << " is not row invariant: answers may differ with the number of ranks and slots");
 }
 
 /// Answers of the policy; nullopt when stopped before all rows were done. Collective over comm.
-std::optional<Answers> generate_answers(const GenerateOptions& options, const Input& input, std::optional<Journal>& opened,
-                                        GenerateReport& report, Communicator& comm)
+std::optional<Answers> generate_answers(const GenerateOptions& options, const Input& input,
+                                        std::optional<Journal>& opened, GenerateReport& report, Communicator& comm)
 {
     std::optional<Language> language;
     std::optional<DecoderConfig> config;
     agree(comm, "reading the policy", [&] {
         config = DecoderConfig::from_directory(options.policy);
-        SELM_VALIDATE(!config->sequence_classifier, ExitCode::configuration,
-                      options.policy << " is a reward model (it has no language-model head). Pass --policy a causal language model");
+        SELM_VALIDATE(
+            !config->sequence_classifier, ExitCode::configuration,
+            options.policy
+                << " is a reward model (it has no language-model head). Pass --policy a causal language model");
         language.emplace(load_language(options));
         check_vocabulary(options.policy, language->tokenizer.vocabulary_size(), config->vocabulary);
     });
-    const PromptStore prompts(*input.prefs, input.range.begin, input.range.end, language->tokenizer, language->format, comm);
+    const PromptStore prompts(*input.prefs, input.range.begin, input.range.end, language->tokenizer, language->format,
+                              comm);
     Plan plan;
     agree(comm, "lengths of the prompts", [&] { plan = plan_rows(options, *config, input, prompts); });
     report.skipped_rows = static_cast<std::int64_t>(plan.skipped.size());
     const auto model = SharedModel::from_directory(options.policy, options.common, comm, input.source.policy_digest);
-    Journal& journal = opened.emplace(options.output, generation_binding(input.source.config.recipe_hash, input.source.policy_digest,
-                                                                     input.source.data_digest, model->engine_key()),
-                                       comm);
+    Journal& journal = opened.emplace(options.output,
+                                      generation_binding(input.source.config.recipe_hash, input.source.policy_digest,
+                                                         input.source.data_digest, model->engine_key()),
+                                      comm);
     report.resumed_rows = static_cast<std::int64_t>(journal.done_rows().size());
 
     std::vector<std::int64_t> items;
-    std::copy_if(plan.rows.begin(), plan.rows.end(), std::back_inserter(items), [&](std::int64_t row) { return !journal.is_done(row); });
+    std::copy_if(plan.rows.begin(), plan.rows.end(), std::back_inserter(items),
+                 [&](std::int64_t row) { return !journal.is_done(row); });
     const auto count = static_cast<std::int64_t>(items.size());
     const std::int64_t share = (count + comm.size() - 1) / comm.size();
     const std::int64_t slots = std::clamp<std::int64_t>(share, 1, options.slots);
@@ -437,12 +453,14 @@ std::optional<Answers> generate_answers(const GenerateOptions& options, const In
                                      .tag = progress_tag});
     std::optional<Generator> generator;
     agree(comm, "memory for keys and values", [&] {
-        generator.emplace(options, *language, prompts, *model, slots, std::max(capacity, prefill_tile), journal, progress, comm);
+        generator.emplace(options, *language, prompts, *model, slots, std::max(capacity, prefill_tile), journal,
+                          progress, comm);
         generator->set_total(static_cast<std::int64_t>(plan.rows.size()));
     });
 
     const Clock::time_point start = Clock::now();
-    WorkQueue queue(comm, items, {.tag = queue_tag, .initial_per_rank = initial_share(count, comm.size(), slots), .prefetch = 1});
+    WorkQueue queue(comm, items,
+                    {.tag = queue_tag, .initial_per_rank = initial_share(count, comm.size(), slots), .prefetch = 1});
     run_queue(comm, queue, "generation", [&](WorkQueue& work) { generator->run(work); });
     progress.finish();
     Answers answers;
@@ -459,7 +477,8 @@ std::optional<Answers> generate_answers(const GenerateOptions& options, const In
         for (const Journal::Record& record : journal.take_recovered())
             answers.mine.push_back(to_answer(language->tokenizer, from_payload(record)));
         for (const std::int64_t row : comm.is_root() ? plan.skipped : std::vector<std::int64_t>())
-            answers.mine.push_back({.row = row, .text = {}, .tokens = {}, .logprobs = {}, .finish_reason = FinishReason::none});
+            answers.mine.push_back(
+                {.row = row, .text = {}, .tokens = {}, .logprobs = {}, .finish_reason = FinishReason::none});
     });
     answers.engine = model->engine().description();
     answers.chat_format = language->format.name();
@@ -477,7 +496,8 @@ Answers given_answers(const GenerateOptions& options, const Input& input, Commun
             answers.mine = read_given_responses(options.responses, *input.prefs, input.range.begin, input.range.end);
         } else {
             for (const std::int64_t row : input.keys())
-                answers.mine.push_back({.row = row, .text = {}, .tokens = {}, .logprobs = {}, .finish_reason = FinishReason::none});
+                answers.mine.push_back(
+                    {.row = row, .text = {}, .tokens = {}, .logprobs = {}, .finish_reason = FinishReason::none});
         }
         answers.timing.rows = input.rows();
     });

@@ -95,7 +95,8 @@ bool ContinuousBatch::take_token(Slot& slot, std::span<const float> logits)
     slot.answer.log_probs.push_back(token.log_prob);
     slot.last_token = token.id;
     ++new_tokens_;
-    slot.answer.ended = std::find(options_.end_tokens.begin(), options_.end_tokens.end(), token.id) != options_.end_tokens.end();
+    slot.answer.ended =
+        std::find(options_.end_tokens.begin(), options_.end_tokens.end(), token.id) != options_.end_tokens.end();
     return slot.answer.ended || static_cast<std::int64_t>(slot.answer.tokens.size()) == slot.max_new_tokens;
 }
 
@@ -112,8 +113,8 @@ std::vector<SampledAnswer> ContinuousBatch::step()
             continue;
         const auto index = static_cast<std::size_t>(work.slot);
         const std::span<const float> values(logits.row_f32(row++), static_cast<std::size_t>(logits.columns));
-        const bool complete = with_context(cat("row ", slots_[index]->answer.row),
-                                           [&] { return take_token(*slots_[index], values); });
+        const bool complete =
+            with_context(cat("row ", slots_[index]->answer.row), [&] { return take_token(*slots_[index], values); });
         if (complete)
             finished.push_back(index);
     }

@@ -22,8 +22,10 @@ struct Line {
 std::string text_field(const nlohmann::json& object, const char* name)
 {
     const auto field = object.find(name);
-    SELM_VALIDATE(field != object.end() && field->is_string(), ExitCode::bad_data,
-                  "field \"" << name << "\" is missing or no text. Every line is {\"prompt_id\": \"...\", \"response\": \"...\"}");
+    SELM_VALIDATE(
+        field != object.end() && field->is_string(), ExitCode::bad_data,
+        "field \"" << name
+                   << "\" is missing or no text. Every line is {\"prompt_id\": \"...\", \"response\": \"...\"}");
     return field->get<std::string>();
 }
 
@@ -61,8 +63,8 @@ std::unordered_map<std::string, Line> read_lines(const std::string& path)
 
 } // namespace
 
-std::vector<GeneratedAnswer> read_given_responses(const std::string& path, const PreferencesReader& prefs, std::int64_t begin,
-                                                  std::int64_t end)
+std::vector<GeneratedAnswer> read_given_responses(const std::string& path, const PreferencesReader& prefs,
+                                                  std::int64_t begin, std::int64_t end)
 {
     const auto lines = read_lines(path);
     const std::vector<std::string> ids = prefs.ids();
@@ -76,9 +78,13 @@ std::vector<GeneratedAnswer> read_given_responses(const std::string& path, const
                            << "). Add its answer, or generate it");
         const auto [first, added] = first_row.try_emplace(id, row);
         SELM_VALIDATE(added || prefs.prompt(first->second) == prefs.prompt(row), ExitCode::bad_data,
-                      path << " line " << line->second.number << ": prompt_id \"" << id << "\" belongs to rows " << first->second
-                           << " and " << row << " with different prompts (whose answer is it?). Give the rows ids of their own");
-        answers.push_back({.row = row, .text = line->second.response, .tokens = {}, .logprobs = {},
+                      path << " line " << line->second.number << ": prompt_id \"" << id << "\" belongs to rows "
+                           << first->second << " and " << row
+                           << " with different prompts (whose answer is it?). Give the rows ids of their own");
+        answers.push_back({.row = row,
+                           .text = line->second.response,
+                           .tokens = {},
+                           .logprobs = {},
                            .finish_reason = FinishReason::elsewhere});
     }
     if (first_row.size() == lines.size())
@@ -92,8 +98,9 @@ std::vector<GeneratedAnswer> read_given_responses(const std::string& path, const
             unknown.emplace(line.number, id);
     }
     if (!unknown.empty())
-        throw data_error(cat(path, " line ", unknown.begin()->first, ": prompt_id \"", unknown.begin()->second, "\" is not in ",
-                             prefs.path(), " (", unknown.size(), " such line(s)). Use the answers to these prompts"));
+        throw data_error(cat(path, " line ", unknown.begin()->first, ": prompt_id \"", unknown.begin()->second,
+                             "\" is not in ", prefs.path(), " (", unknown.size(),
+                             " such line(s)). Use the answers to these prompts"));
     return answers;
 }
 

@@ -16,7 +16,8 @@ std::vector<std::int32_t> end_of_sequence_ids(const std::string& directory)
         if (!std::filesystem::exists(path))
             continue;
         const auto config = nlohmann::json::parse(read_file(path), nullptr, false);
-        SELM_VALIDATE(config.is_object(), ExitCode::configuration, path << ": not a JSON object (damaged?). Copy it anew");
+        SELM_VALIDATE(config.is_object(), ExitCode::configuration,
+                      path << ": not a JSON object (damaged?). Copy it anew");
         const auto value = config.find("eos_token_id");
         if (value == config.end() || value->is_null())
             continue;

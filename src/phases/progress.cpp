@@ -38,8 +38,9 @@ std::string duration_text(double seconds)
 } // namespace
 
 ProgressReporter::ProgressReporter(Communicator& comm, Options options)
-    : comm_(comm), options_(std::move(options)), send_every_s_(std::max(1.0, static_cast<double>(comm.size()) / messages_per_second)),
-      start_(Clock::now()), last_sent_(start_), last_drawn_(start_)
+    : comm_(comm), options_(std::move(options)),
+      send_every_s_(std::max(1.0, static_cast<double>(comm.size()) / messages_per_second)), start_(Clock::now()),
+      last_sent_(start_), last_drawn_(start_)
 {
     silent_ = options_.mode == "off" || !comm.is_root();
     in_place_ = options_.mode == "auto" && ::isatty(STDERR_FILENO) == 1;
@@ -89,7 +90,8 @@ std::int64_t ProgressReporter::rows_done() const
 void ProgressReporter::finish()
 {
     exchange(true);
-    const auto sent = all_reduce_value(comm_, comm_.is_root() ? std::int64_t{0} : messages_, ReduceOp::sum, "progress messages");
+    const auto sent =
+        all_reduce_value(comm_, comm_.is_root() ? std::int64_t{0} : messages_, ReduceOp::sum, "progress messages");
     while (comm_.is_root() && messages_ < sent) {
         receive();
         std::this_thread::sleep_for(std::chrono::milliseconds(1));
@@ -104,7 +106,8 @@ std::string ProgressReporter::line(double seconds) const
     const auto new_rows = static_cast<double>(done - options_.done_before);
     std::string text = cat(options_.label, ": ", done, "/", options_.total, " rows");
     if (seconds > 0)
-        text += cat(", ", static_cast<std::int64_t>(static_cast<double>(mine_.tokens + all_.tokens) / seconds + 0.5), " tokens/s");
+        text += cat(", ", static_cast<std::int64_t>(static_cast<double>(mine_.tokens + all_.tokens) / seconds + 0.5),
+                    " tokens/s");
     text += cat(", ", duration_text(seconds));
     if (new_rows > 0 && done < options_.total)
         text += cat(", ", duration_text(seconds * static_cast<double>(options_.total - done) / new_rows), " left");

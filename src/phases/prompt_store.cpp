@@ -9,8 +9,8 @@
 
 namespace selm {
 
-PromptStore::PromptStore(const PreferencesReader& prefs, std::int64_t begin, std::int64_t end, const Tokenizer& tokenizer,
-                         const ChatFormat& format, Communicator& comm)
+PromptStore::PromptStore(const PreferencesReader& prefs, std::int64_t begin, std::int64_t end,
+                         const Tokenizer& tokenizer, const ChatFormat& format, Communicator& comm)
     : begin_(begin), node_(comm.split_node("ranks that share the prompts"))
 {
     const auto rows = static_cast<std::size_t>(end - begin);
@@ -22,7 +22,8 @@ PromptStore::PromptStore(const PreferencesReader& prefs, std::int64_t begin, std
             const auto row = begin + static_cast<std::int64_t>(i);
             with_context(cat(prefs.path(), " row ", row), [&] {
                 const std::vector<Message> messages = prefs.messages(row);
-                mine.push_back(encode_prompt_chat(tokenizer, format, messages, std::numeric_limits<std::int64_t>::max()));
+                mine.push_back(
+                    encode_prompt_chat(tokenizer, format, messages, std::numeric_limits<std::int64_t>::max()));
             });
             lengths[i] = static_cast<std::int64_t>(mine.back().size());
         }

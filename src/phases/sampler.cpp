@@ -90,7 +90,8 @@ double log_sum_exp(std::span<const float> logits)
 Sampler::Sampler(const SamplingOptions& options, std::int64_t allowed)
     : options_(options), allowed_(static_cast<std::size_t>(allowed))
 {
-    SELM_EXPECT(allowed > 0 && options.temperature >= 0 && options.top_p > 0 && options.top_p <= 1 && options.top_k >= 0);
+    SELM_EXPECT(allowed > 0 && options.temperature >= 0 && options.top_p > 0 && options.top_p <= 1 &&
+                options.top_k >= 0);
 }
 
 SampledToken Sampler::sample(std::span<const float> logits, RandomStream& stream)

@@ -76,19 +76,39 @@ std::unique_ptr<SharedModel> SharedModel::from_directory(const std::string& dire
     });
     m.memory->fence();
 
-    const auto nodes = all_reduce_value(comm, std::int64_t{m.node->is_root() ? 1 : 0}, ReduceOp::sum, "number of nodes");
-    SELM_LOG(info, "model " << directory << " (" << options.dtype << "), engine " << m.engine->description() << ", device "
-                            << options.device << "; " << (static_cast<std::int64_t>(m.memory->bytes()) >> 20)
-                            << " MiB of weights per node, " << comm.size() << " rank(s) on " << nodes << " node(s)");
+    const auto nodes =
+        all_reduce_value(comm, std::int64_t{m.node->is_root() ? 1 : 0}, ReduceOp::sum, "number of nodes");
+    SELM_LOG(info, "model " << directory << " (" << options.dtype << "), engine " << m.engine->description()
+                            << ", device " << options.device << "; "
+                            << (static_cast<std::int64_t>(m.memory->bytes()) >> 20) << " MiB of weights per node, "
+                            << comm.size() << " rank(s) on " << nodes << " node(s)");
     return std::unique_ptr<SharedModel>(new SharedModel(std::move(impl)));
 }
 
-const std::string& SharedModel::directory() const { return impl_->directory; }
-const DecoderConfig& SharedModel::config() const { return impl_->config; }
-Engine& SharedModel::engine() const { return *impl_->engine; }
-Decoder& SharedModel::decoder() const { return *impl_->decoder; }
-WeightStore& SharedModel::weights() const { return *impl_->weights; }
-const std::string& SharedModel::digest() const { return impl_->digest; }
+const std::string& SharedModel::directory() const
+{
+    return impl_->directory;
+}
+const DecoderConfig& SharedModel::config() const
+{
+    return impl_->config;
+}
+Engine& SharedModel::engine() const
+{
+    return *impl_->engine;
+}
+Decoder& SharedModel::decoder() const
+{
+    return *impl_->decoder;
+}
+WeightStore& SharedModel::weights() const
+{
+    return *impl_->weights;
+}
+const std::string& SharedModel::digest() const
+{
+    return impl_->digest;
+}
 
 std::string SharedModel::engine_key() const
 {
@@ -99,8 +119,8 @@ std::string model_digest(const std::string& directory)
 {
     Hasher hasher;
     hasher.update(SafetensorsReader(directory).digest());
-    for (const char* name : {"config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-                             "generation_config.json"}) {
+    for (const char* name :
+         {"config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"}) {
         const std::string path = cat(directory, "/", name);
         if (std::filesystem::exists(path))
             hasher.update(cat("\n", name, " ", hash_file(path)));
@@ -111,9 +131,10 @@ std::string model_digest(const std::string& directory)
 void check_vocabulary(const std::string& directory, std::int64_t tokenizer_size, std::int64_t model_vocabulary)
 {
     if (tokenizer_size > model_vocabulary)
-        throw config_error(cat(directory, ": the tokenizer has ", tokenizer_size, " ids but the model's embedding only ",
-                               model_vocabulary, " rows (they do not belong together). Use the tokenizer.json that came "
-                                                 "with these weights"));
+        throw config_error(cat(directory, ": the tokenizer has ", tokenizer_size,
+                               " ids but the model's embedding only ", model_vocabulary,
+                               " rows (they do not belong together). Use the tokenizer.json that came "
+                               "with these weights"));
     if (model_vocabulary - tokenizer_size >= unused_rows_warned)
         SELM_LOG(warning, directory << ": the tokenizer has " << tokenizer_size << " ids, the model's embedding "
                                     << model_vocabulary << " rows; check that they belong together");

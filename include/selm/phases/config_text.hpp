@@ -9,8 +9,9 @@ namespace selm {
 
 /// The effective configuration of a phase, as stored in what it writes.
 struct ConfigText {
-    std::string ini;         ///< all keys, by section, in the order of their description
-    std::string recipe_hash; ///< over "section.key = value" of the recipe's keys, sorted: operational keys do not matter
+    std::string ini; ///< all keys, by section, in the order of their description
+    /// Over "section.key = value" of the recipe's keys, sorted: operational keys do not matter.
+    std::string recipe_hash;
 };
 
 ConfigText config_text(const std::function<void(OptionVisitor&)>& describe);

@@ -33,17 +33,17 @@ struct SampledAnswer {
  * finished row leaves and makes room at once.
  *
  * An answer is a function of (prompt, max_new_tokens, model, sampling options, seed, iteration, row) alone where the
- * engine is row invariant: chunks of a prompt begin at multiples of prefill_tile of its own positions, decode steps have
- * one token, and random streams belong to rows. How many rows share a step, and which, does not matter.
+ * engine is row invariant: chunks of a prompt begin at multiples of prefill_tile of its own positions, decode steps
+ * have one token, and random streams belong to rows. How many rows share a step, and which, does not matter.
  */
 class ContinuousBatch {
   public:
     struct Options {
         std::int64_t slots = 1;
-        std::int64_t prefill_tokens = 256;   ///< of prompts per step (rounded down to tiles, at least one tile)
+        std::int64_t prefill_tokens = 256; ///< of prompts per step (rounded down to tiles, at least one tile)
         std::vector<std::int32_t> end_tokens;
         SamplingOptions sampling;
-        std::int64_t allowed_ids = 0;        ///< see Sampler
+        std::int64_t allowed_ids = 0; ///< see Sampler
         std::uint64_t seed = 0;
         std::uint64_t iteration = 0;
     };
@@ -53,7 +53,7 @@ class ContinuousBatch {
     ContinuousBatch(const Options& options, Step step);
 
     std::int64_t free_slots() const;
-    bool empty() const; ///< no row in flight
+    bool empty() const;                 ///< no row in flight
     void add(const GenerationRow& row); ///< needs a free slot
     /// One model step (nothing when empty); answers that it finished, in order of slots.
     std::vector<SampledAnswer> step();

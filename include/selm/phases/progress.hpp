@@ -9,19 +9,20 @@
 namespace selm {
 
 /**
- * @brief How far a phase with dynamically handed out rows is, over all ranks, on rank 0's stderr: rows, tokens per second
- * and the time left; one line rewritten in place on a terminal, else (and with mode "on") a plain line every 10 s.
+ * @brief How far a phase with dynamically handed out rows is, over all ranks, on rank 0's stderr: rows, tokens per
+ * second and the time left; one line rewritten in place on a terminal, else (and with mode "on") a plain line every 10 s.
  *
- * The other ranks send their counts now and then (buffered, at most one message per second). Only finish() is collective.
+ * The other ranks send their counts now and then (buffered, at most one message per second). Only finish() is
+ * collective.
  */
 class ProgressReporter {
   public:
     struct Options {
-        std::string mode = "auto";     ///< auto | on | off
-        std::string label;             ///< "generate"
-        std::int64_t total = 0;        ///< rows to be done, those done by earlier runs included
-        std::int64_t done_before = 0;  ///< by earlier runs
-        int tag = 7;                   ///< point-to-point tag used
+        std::string mode = "auto";    ///< auto | on | off
+        std::string label;            ///< "generate"
+        std::int64_t total = 0;       ///< rows to be done, those done by earlier runs included
+        std::int64_t done_before = 0; ///< by earlier runs
+        int tag = 7;                  ///< point-to-point tag used
     };
     ProgressReporter(Communicator& comm, Options options);
 
@@ -31,7 +32,7 @@ class ProgressReporter {
     void poll() { exchange(false); }
     /// Sends this rank's final counts now. Not collective.
     void flush() { exchange(true); }
-    /// Rank 0: rows done over all ranks as far as it has heard, earlier runs included. Exact once all ranks have flushed.
+    /// Rank 0: rows done over all ranks as far as it has heard, earlier runs included. Exact once all have flushed.
     std::int64_t rows_done() const;
     /// Takes in what is under way and ends the line. Collective.
     void finish();

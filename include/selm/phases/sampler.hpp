@@ -38,8 +38,8 @@ class Sampler {
 
     SamplingOptions options_;
     std::size_t allowed_;
-    std::vector<float> weights_;       // scratch: exp((logit - largest) / temperature)
-    std::vector<std::int32_t> order_;  // scratch: heap of candidates
+    std::vector<float> weights_;      // scratch: exp((logit - largest) / temperature)
+    std::vector<std::int32_t> order_; // scratch: heap of candidates
 };
 
 /// log(sum(exp(logits))): terms in float, sums in double in a fixed order.

@@ -22,8 +22,8 @@ namespace selm {
 class SharedModel {
   public:
     /// Reads a Hugging Face directory; logs the engine and its description once. Collective over comm: when one rank
-    /// fails, all throw its Error (configuration: no model there, an unsupported one, or an engine that cannot run here;
-    /// bad_data: malformed weights; io: no room for shared memory).
+    /// fails, all throw its Error (configuration: no model there, an unsupported one, or an engine that cannot run
+    /// here; bad_data: malformed weights; io: no room for shared memory).
     /// @param known_digest model_digest(directory) where the caller has it already; the same on every rank.
     static std::unique_ptr<SharedModel> from_directory(const std::string& directory, const CommonOptions& options,
                                                        Communicator& comm, const std::string& known_digest = {});
@@ -47,8 +47,8 @@ class SharedModel {
     std::unique_ptr<Impl> impl_;
 };
 
-/// Digest of what a model directory computes: weights (however sharded), config.json, generation_config.json, tokenizer.json
-/// and the chat template.
+/// Digest of what a model directory computes: weights (however sharded), config.json, generation_config.json,
+/// tokenizer.json and the chat template.
 /// Reads everything; not collective. @throws Error configuration or bad_data naming the file.
 std::string model_digest(const std::string& directory);
 

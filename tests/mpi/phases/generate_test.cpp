@@ -36,7 +36,8 @@ std::vector<PreferenceRow> make_rows()
         PreferenceRow row;
         row.row_source = i;
         row.id = cat("id", i);
-        row.prompt = cat("Question ", i, ": ", std::string(static_cast<std::size_t>(i * 17 % 97), 'a' + static_cast<char>(i)));
+        row.prompt =
+            cat("Question ", i, ": ", std::string(static_cast<std::size_t>(i * 17 % 97), 'a' + static_cast<char>(i)));
         row.messages = {{Role::user, row.prompt}};
         if (i % 3 == 0)
             row.messages.insert(row.messages.begin(), {Role::system, "Be brief."});
@@ -97,7 +98,8 @@ class Generate : public ::testing::Test {
         } catch (const Error& caught) {
             error.emplace(caught);
         }
-        const auto ranks = all_reduce_value(test_world(), std::int64_t{error ? 1 : 0}, ReduceOp::sum, "ranks with an error");
+        const auto ranks =
+            all_reduce_value(test_world(), std::int64_t{error ? 1 : 0}, ReduceOp::sum, "ranks with an error");
         EXPECT_TRUE(ranks == 0 || ranks == test_world().size()) << ranks;
         return error;
     }
@@ -183,7 +185,8 @@ TEST_F(Generate, StoresAnswersWithTheirLogProbs)
         tokens += static_cast<std::int64_t>(answer.tokens.size());
         ended += answer.finish_reason == FinishReason::stop;
         EXPECT_EQ(answer.finish_reason == FinishReason::stop, answer.tokens.back() == 2) << i;
-        EXPECT_EQ(std::count(answer.tokens.begin(), answer.tokens.end(), 2), answer.finish_reason == FinishReason::stop);
+        EXPECT_EQ(std::count(answer.tokens.begin(), answer.tokens.end(), 2),
+                  answer.finish_reason == FinishReason::stop);
         EXPECT_EQ(answer.text, strip_whitespace(tokenizer.decode(answer.tokens)));
         // Independent of the sampler: the packed pass over prompt and answer.
         const auto prompt = encode_prompt_chat(tokenizer, ChatFormat::by_name("chatml"), row.messages, 512);
@@ -213,7 +216,8 @@ TEST_F(Generate, TakesOverJournalledRowsAndGeneratesOnlyTheOthers)
         const auto model = SharedModel::from_directory(options.policy, options.common, world);
         const std::string data = root_string(world, "digest", [&] { return PreferencesReader(options.data).digest(); });
         Journal journal(options.output,
-                        generation_binding(config_text(bound).recipe_hash, model->digest(), data, model->engine_key()), world);
+                        generation_binding(config_text(bound).recipe_hash, model->digest(), data, model->engine_key()),
+                        world);
         for (std::int64_t row = 0; row < 7; ++row) {
             if (row % world.size() != world.rank())
                 continue;
@@ -248,7 +252,8 @@ TEST_F(Generate, RefusesAJournalOfAnotherRecipe)
 {
     GenerateOptions stopped = options_;
     {
-        Journal journal(options_.output, {{"recipe", "another"}, {"policy", "p"}, {"prompts", "d"}, {"engine", "e"}}, test_world());
+        Journal journal(options_.output, {{"recipe", "another"}, {"policy", "p"}, {"prompts", "d"}, {"engine", "e"}},
+                        test_world());
         if (test_world().is_root())
             journal.append(0, to_payload({.row = 0, .tokens = {1}, .log_probs = {0}}));
         journal.sync();
@@ -325,11 +330,13 @@ TEST_F(Generate, APromptThatFillsTheContextStopsOrIsSkipped)
     std::vector<std::int64_t> sorted = lengths;
     std::sort(sorted.begin(), sorted.end());
     const std::int64_t context = sorted[8]; // a prompt of this length leaves no room
-    const auto first = std::find_if(lengths.begin(), lengths.end(), [&](std::int64_t length) { return length >= context; });
+    const auto first =
+        std::find_if(lengths.begin(), lengths.end(), [&](std::int64_t length) { return length >= context; });
     on_root([&] { test::make_tiny_model(path("short"), {.max_positions = context}); });
     options_.policy = path("short");
     expect_error(options_, ExitCode::bad_data,
-                 {cat("row ", first - lengths.begin()), cat("id", first - lengths.begin()), cat(context), "--on-long-prompt skip"});
+                 {cat("row ", first - lengths.begin()), cat("id", first - lengths.begin()), cat(context),
+                  "--on-long-prompt skip"});
     EXPECT_FALSE(Journal::exists(options_.output));
 
     options_.on_long_prompt = "skip";
@@ -382,8 +389,14 @@ TEST_F(Generate, TakesResponsesMadeElsewhereAsTheyAre)
     const auto write = [&](const std::string& content) {
         on_root([&] { std::ofstream(options_.responses) << content; });
     };
-    const std::string four = R"({"prompt_id": "id4", "response": ""})" "\n", three = R"({"response": "  as it is\n", "prompt_id": "id3"})" "\n",
-                      five = R"({"prompt_id": "id5", "response": "five"})" "\n", other = R"({"prompt_id": "id0", "response": "of another portion"})" "\n";
+    const std::string four = R"({"prompt_id": "id4", "response": ""})"
+                             "\n",
+                      three = R"({"response": "  as it is\n", "prompt_id": "id3"})"
+                              "\n",
+                      five = R"({"prompt_id": "id5", "response": "five"})"
+                             "\n",
+                      other = R"({"prompt_id": "id0", "response": "of another portion"})"
+                              "\n";
     write(four + three + five + "\n" + other);
     EXPECT_EQ(run_generate(options_, test_world()).outcome, Outcome::done);
     const IterationReader file(options_.output);
@@ -404,7 +417,9 @@ TEST_F(Generate, TakesResponsesMadeElsewhereAsTheyAre)
     expect_error(options_, ExitCode::bad_data, {"responses.jsonl", "row 5", "id5"});
     write(four + three + five + four);
     expect_error(options_, ExitCode::bad_data, {"responses.jsonl line 4", "id4", "line 1"});
-    write(four + three + five + R"({"prompt_id": "stranger", "response": "x"})" "\n");
+    write(four + three + five +
+          R"({"prompt_id": "stranger", "response": "x"})"
+          "\n");
     expect_error(options_, ExitCode::bad_data, {"responses.jsonl line 4", "stranger"});
     write(four + "{\"prompt_id\": \"id3\"}\n" + five);
     expect_error(options_, ExitCode::bad_data, {"responses.jsonl line 2", "response"});

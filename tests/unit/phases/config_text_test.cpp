@@ -25,7 +25,8 @@ TEST(ConfigText, OperationalKeysAreStoredButNotHashed)
 TEST(ConfigText, KeysStandInTheirSections)
 {
     const std::string ini = config_text(GenerateOptions{}).ini;
-    const auto run = ini.find("[run]\n"), gen = ini.find("[gen]\n"), seed = ini.find("seed = 42\n"), slots = ini.find("slots = 16\n");
+    const auto run = ini.find("[run]\n"), gen = ini.find("[gen]\n"), seed = ini.find("seed = 42\n"),
+               slots = ini.find("slots = 16\n");
     ASSERT_NE(gen, std::string::npos);
     EXPECT_EQ(run, 0U);
     EXPECT_LT(seed, gen);

@@ -106,7 +106,8 @@ SampledAnswer expected_answer(const Case& rows, std::int64_t row, double tempera
     RandomStream stream(42, 1, 2, static_cast<std::uint64_t>(row));
     SampledAnswer answer;
     answer.row = row;
-    while (!answer.ended && static_cast<std::int64_t>(answer.tokens.size()) < rows.limits[static_cast<std::size_t>(row)]) {
+    while (!answer.ended &&
+           static_cast<std::int64_t>(answer.tokens.size()) < rows.limits[static_cast<std::size_t>(row)]) {
         const SampledToken token = sampler.sample(logits_after(sequence), stream);
         sequence.push_back(token.id);
         answer.tokens.push_back(token.id);

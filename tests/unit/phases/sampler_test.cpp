@@ -47,7 +47,8 @@ double chi_square(const std::vector<double>& observed, const std::vector<double>
 }
 
 constexpr int draws = 100'000;
-constexpr double chi_square_bound = 20; // of at most 5 degrees of freedom: exceeded once in 800 seeds, and the seed is fixed
+constexpr double chi_square_bound =
+    20; // of at most 5 degrees of freedom: exceeded once in 800 seeds, and the seed is fixed
 
 TEST(Sampler, GreedyTakesTheLowestIdOfTheLargestLogits)
 {
@@ -69,10 +70,12 @@ TEST(Sampler, LogProbsAreThoseOfTheUnscaledDistribution)
         for (const float logit : logits)
             sum += std::exp(static_cast<long double>(logit));
         for (const double temperature : {0.0, 0.3, 2.0}) {
-            Sampler sampler({.temperature = temperature, .top_p = 0.9, .top_k = 5}, static_cast<std::int64_t>(vocabulary));
+            Sampler sampler({.temperature = temperature, .top_p = 0.9, .top_k = 5},
+                            static_cast<std::int64_t>(vocabulary));
             const SampledToken token = sampler.sample(logits, random);
             const auto expected = static_cast<long double>(logits[static_cast<std::size_t>(token.id)]) - std::log(sum);
-            EXPECT_NEAR(token.log_prob, static_cast<double>(expected), 4e-6 * std::max(1.0L, std::abs(expected))) << vocabulary;
+            EXPECT_NEAR(token.log_prob, static_cast<double>(expected), 4e-6 * std::max(1.0L, std::abs(expected)))
+                << vocabulary;
         }
         EXPECT_NEAR(log_sum_exp(logits), static_cast<double>(std::log(sum)), 1e-6);
     }
@@ -99,13 +102,16 @@ TEST(Sampler, TopKKeepsExactlyKLowestIdsFirstOnTies)
     const auto observed = frequencies({.temperature = 1, .top_k = 3}, logits_of(p), draws);
     EXPECT_LT(chi_square(observed, {0, 3.0 / 7, 2.0 / 7, 2.0 / 7, 0}, draws), chi_square_bound);
     EXPECT_EQ(frequencies({.temperature = 1, .top_k = 1}, logits_of(p), 100)[1], 1);
-    EXPECT_LT(chi_square(frequencies({.temperature = 1, .top_k = 99}, logits_of(p), draws), p, draws), chi_square_bound);
+    EXPECT_LT(chi_square(frequencies({.temperature = 1, .top_k = 99}, logits_of(p), draws), p, draws),
+              chi_square_bound);
 }
 
 TEST(Sampler, TopPKeepsTheSmallestSetThatHoldsTheMass)
 {
     const std::vector<double> p{0.1, 0.4, 0.2, 0.3};
-    const auto observed = [&](double top_p) { return frequencies({.temperature = 1, .top_p = top_p}, logits_of(p), draws); };
+    const auto observed = [&](double top_p) {
+        return frequencies({.temperature = 1, .top_p = top_p}, logits_of(p), draws);
+    };
     EXPECT_LT(chi_square(observed(0.69), {0, 4.0 / 7, 0, 3.0 / 7}, draws), chi_square_bound);
     EXPECT_LT(chi_square(observed(0.71), {0, 4.0 / 9, 2.0 / 9, 3.0 / 9}, draws), chi_square_bound);
     EXPECT_EQ(observed(0.001)[1], 1);
