@@ -118,13 +118,18 @@ bool stop_wanted(const RankOptions& options, const Communicator& comm)
     return stop_signal_received() || (comm.is_root() && !options.stop_file.empty() && std::filesystem::exists(options.stop_file));
 }
 
+std::string journal_of(const RankOptions& options, const std::string& ranker)
+{
+    return cat(options.iter, ".rank-", ranker);
+}
+
 /// All rows' scores by one ranker, on every rank in file order; empty when a stop was requested. Collective.
 class RankerPass {
   public:
     RankerPass(const RankOptions& options, const IterationReader& file, const std::string& input_digest, LoadedRanker& loaded,
                Communicator& comm)
         : options_(options), file_(file), loaded_(loaded), comm_(comm),
-          journal_(cat(options.iter, ".rank-", loaded.name),
+          journal_(journal_of(options, loaded.name),
                    {{"ranker", loaded.identity}, {"rows", input_digest}, {"candidates", options.generated_only ? "generated" : "all"}}, comm)
     {
     }
@@ -374,6 +379,11 @@ RankReport run_rank(const RankOptions& options, Communicator& comm)
         const auto pairs = file->pairs();
         fill_statistics(report, file->ranking_scores(), pairs.best, pairs.worst);
         report.outcome = Outcome::already_complete;
+        agree(comm, "leftover journals", [&] {
+            for (const std::string& name : plan.names) // of a run that was killed between publishing and tidying up
+                if (comm.is_root())
+                    Journal::remove_leftover(journal_of(options, name));
+        });
         SELM_LOG(info, options.iter << " is ranked already");
         return report;
     }
