@@ -38,8 +38,11 @@ def make(base, head, out):
     if shape != [1, config["hidden_size"]]:
         sys.exit(f"{head}: score.weight has shape {shape}, but {base} has hidden size {config['hidden_size']} "
                  "(the head belongs to another model). Pass the head made for this base")
-    config.update(architectures=["LlamaForSequenceClassification"], num_labels=1, id2label={"0": "LABEL_0"},
-                  label2id={"LABEL_0": 0}, pad_token_id=config.get("pad_token_id", config.get("eos_token_id")))
+    config.update(architectures=["LlamaForSequenceClassification"], num_labels=1, id2label={"0": "LABEL_0"}, label2id={"LABEL_0": 0})
+    ends = config.get("eos_token_id")
+    if config.get("pad_token_id") in (ends if isinstance(ends, list) else [ends]):
+        # transformers reads the score at the last token that is no padding: here that would be the one before the end token.
+        config["pad_token_id"] = None
     partial = f"{out}.partial-{os.getpid()}"
     os.makedirs(partial)
     with open(os.path.join(partial, "config.json"), "w") as file:

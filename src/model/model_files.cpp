@@ -42,6 +42,12 @@ void make_sequence_classifier(ordered_json& config)
     config["num_labels"] = 1;
     config["id2label"] = {{"0", "LABEL_0"}};
     config["label2id"] = {{"LABEL_0", 0}};
+    // transformers reads the score at the last token that is no padding: the one before the end token where both are one.
+    const auto end = config.find("eos_token_id");
+    const auto padding = config.find("pad_token_id");
+    if (end != config.end() && padding != config.end() &&
+        (*end == *padding || (end->is_array() && std::find(end->begin(), end->end(), *padding) != end->end())))
+        *padding = nullptr;
 }
 
 void write_config(const std::string& from, const std::string& to, const ModelFilesOptions& options)
