@@ -112,13 +112,26 @@ def test_tiny_decoding_through_the_cache(tiny, engine, tmp_path):
     assert np.abs(ours.reshape(expected.shape) - expected).max() < 2e-5
 
 
+@pytest.fixture(scope="module")
+def prompts_16(smollm2) -> tuple[list[list[int]], np.ndarray]:
+    """Token ids and the logits of their last positions, computed once for all engines."""
+    sequences = real_prompts(16)
+    return sequences, np.concatenate([reference_logits(smollm2.model, ids, 24) for ids in sequences])
+
+
+@pytest.fixture(scope="module")
+def long_prompt(smollm2) -> tuple[list[int], np.ndarray]:
+    ids = [token for prompt in real_prompts(64) for token in prompt][:2010]
+    assert len(ids) == 2010
+    return ids, reference_logits(smollm2.model, ids, 16)
+
+
 @needs_smollm2
 @pytest.mark.parametrize("engine", ENGINES)
-def test_real_logits_on_16_prompts(smollm2, engine, tmp_path):
-    sequences = real_prompts(16)
+def test_real_logits_on_16_prompts(prompts_16, engine, tmp_path):
+    sequences, expected = prompts_16
     request = dict(op="logits", model=str(SMOLLM2), engine=engine, sequences=sequences, last=24)
     ours, _ = run_tool(tmp_path, request)
-    expected = np.concatenate([reference_logits(smollm2.model, ids, 24) for ids in sequences])
     difference = np.abs(ours.reshape(expected.shape) - expected).max()
     print(f"{engine}: largest difference {difference:.2e} over {len(expected)} positions")
     assert difference < 2e-4
@@ -126,11 +139,9 @@ def test_real_logits_on_16_prompts(smollm2, engine, tmp_path):
 
 @needs_smollm2
 @pytest.mark.parametrize("engine", ENGINES)
-def test_real_logits_at_position_2000(smollm2, engine, tmp_path):
-    ids = [token for prompt in real_prompts(64) for token in prompt][:2010]
-    assert len(ids) == 2010
+def test_real_logits_at_position_2000(long_prompt, engine, tmp_path):
+    ids, expected = long_prompt
     ours, _ = run_tool(tmp_path, dict(op="logits", model=str(SMOLLM2), engine=engine, sequences=[ids], last=16))
-    expected = reference_logits(smollm2.model, ids, 16)
     difference = np.abs(ours.reshape(expected.shape) - expected).max()
     print(f"{engine}: largest difference {difference:.2e}")
     assert difference < 2e-4
