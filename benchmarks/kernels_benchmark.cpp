@@ -42,11 +42,14 @@ void report(benchmark::State& state, double flop)
 
 enum class Pass { forward, backward_input, backward_weight };
 
-void linear(benchmark::State& state, bool is_xsmm, Pass pass)
+void linear(benchmark::State& state, bool is_xsmm, Pass pass, bool is_bf16 = false)
 {
     Engine& e = *engine(is_xsmm);
     const std::int64_t outputs = state.range(0), inputs = state.range(1), tokens = state.range(2);
-    const PackedWeight w = e.pack(random_tensor(e, outputs, inputs), pass == Pass::backward_input, {}, false);
+    const Tensor weight = random_tensor(e, outputs, inputs);
+    if (is_bf16)
+        round_to_bf16({weight.f32(), static_cast<std::size_t>(outputs * inputs)});
+    const PackedWeight w = e.pack(weight, pass == Pass::backward_input, {}, false);
     const Tensor x = random_tensor(e, tokens, inputs), y = random_tensor(e, tokens, outputs);
     const Tensor dw = random_tensor(e, pass == Pass::backward_weight ? outputs : 1, inputs);
     for (auto _ : state) {
@@ -164,6 +167,7 @@ void register_engine(const char* name, bool is_xsmm)
         return benchmark::RegisterBenchmark((std::string(name) + "/" + operation).c_str(), body)->Unit(benchmark::kMillisecond);
     };
     add("linear", [=](benchmark::State& s) { linear(s, is_xsmm, Pass::forward); })->Apply(layer_shapes);
+    add("linear_bf16", [=](benchmark::State& s) { linear(s, is_xsmm, Pass::forward, true); })->Apply(layer_shapes);
     add("linear_training", [=](benchmark::State& s) { linear(s, is_xsmm, Pass::forward); })->Apply(training_shapes);
     add("linear_dx", [=](benchmark::State& s) { linear(s, is_xsmm, Pass::backward_input); })->Apply(training_shapes);
     add("linear_dw", [=](benchmark::State& s) { linear(s, is_xsmm, Pass::backward_weight); })->Apply(training_shapes);

@@ -16,7 +16,10 @@ namespace selm::xsmm {
  * @brief Engine for x86 CPUs: LIBXSMM kernels on weights packed in panels, f32 throughout, one thread.
  *
  * Panels: forward [ceil(N/nb)][K][nb] with outputs innermost, backward [ceil(K/nb)][N][nb] with inputs innermost; nb is
- * the kernels' panel width and the last panel is padded with zeros. bf16 weights are expanded to f32 when packed.
+ * the kernels' panel width and the last panel is padded with zeros. Panels are f32, but forward panels of weights packed
+ * without backward, all of whose values are bf16 numbers, are bf16: decoding reads half the memory, and each piece is
+ * expanded to f32 right before it is multiplied, so that the results have the same bits. A header in front of the forward
+ * panels says which: another rank may have packed them.
  */
 class XsmmEngine final : public Engine {
   public:
@@ -71,11 +74,23 @@ class XsmmEngine final : public Engine {
                                  const Tensor& dw_VH) override;
 
   private:
+    /// Panels of a weight, f32 or bf16: the other pointer is null.
+    struct Panels {
+        const float* f32 = nullptr;
+        const std::uint32_t* bf16 = nullptr; ///< two numbers a word
+        Panels from(std::int64_t element) const
+        {
+            return {f32 == nullptr ? nullptr : f32 + element, bf16 == nullptr ? nullptr : bf16 + element / 2};
+        }
+    };
+    static Panels forward_panels(const PackedWeight& w);
+    void pack_panels(const Tensor& weight, bool is_bf16, const PackedWeight& out);
+
     /// y[rows, outputs] = or += x[rows, inputs] times panels.
     struct PanelProduct {
         const float* x = nullptr;
         std::int64_t x_stride = 0, rows = 0, inputs = 0, outputs = 0;
-        const float* panels = nullptr;
+        Panels panels;
         float* y = nullptr;
         std::int64_t y_stride = 0;
         bool accumulate = false;
@@ -138,7 +153,7 @@ class XsmmEngine final : public Engine {
 
     GemmKernels kernels_;
     MemoryPool memory_;
-    Scratch x_panels_, dy_transposed_, score_tile_, output_tile_, keys_transposed_, backward_tiles_, decode_scores_,
+    Scratch expanded_, x_panels_, dy_transposed_, score_tile_, output_tile_, keys_transposed_, backward_tiles_, decode_scores_,
         logit_tile_, logit_gradient_;
     std::vector<KeyTile> key_tiles_;
 };

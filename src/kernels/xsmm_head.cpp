@@ -84,7 +84,7 @@ void XsmmEngine::multiply_head_tile(const Tensor& h_RH, const PackedWeight& head
               .rows = rows,
               .inputs = head.inputs,
               .outputs = columns,
-              .panels = head.forward.f32() + column * head.inputs,
+              .panels = forward_panels(head).from(column * head.inputs),
               .y = tile,
               .y_stride = columns_per_tile,
               .accumulate = false});

@@ -1,4 +1,6 @@
 #include <algorithm>
+#include <bit>
+#include <cstring>
 
 #include "elementwise.hpp"
 #include "selm/base/error.hpp"
@@ -30,18 +32,54 @@ const float* weight_row(const Tensor& weight, std::int64_t row, float* expanded)
     return expanded;
 }
 
+/// In front of the forward panels, as the first of `header_elements` floats.
+constexpr std::int64_t header_elements = 16;
+enum class PanelKind : std::uint32_t { f32 = 0x5e1f0032, bf16 = 0x5e1f0016 };
+
+bool is_bf16(float value) { return (std::bit_cast<std::uint32_t>(value) & 0xffffu) == 0; }
+
+bool all_are_bf16(const Tensor& weight)
+{
+    if (weight.dtype == DType::bf16)
+        return true;
+    for (std::int64_t row = 0; row < weight.rows; ++row)
+        if (!std::all_of(weight.row_f32(row), weight.row_f32(row) + weight.columns, is_bf16))
+            return false;
+    return true;
+}
+
+/// bf16 panels hold 16 numbers as eight words, number i in the low and i + 8 in the high half of word i: two operations
+/// then make 16 floats. @param count a multiple of 16.
+void compress(const float* from, std::int64_t count, std::uint32_t* to)
+{
+    for (std::int64_t i = 0; i < count; i += 16, to += 8)
+        for (std::int64_t word = 0; word < 8; ++word)
+            to[word] = std::bit_cast<std::uint32_t>(from[i + word]) >> 16 | std::bit_cast<std::uint32_t>(from[i + word + 8]);
+}
+
+void expand(const std::uint32_t* from, std::int64_t count, float* to)
+{
+    for (std::int64_t i = 0; i < count; i += 16, from += 8) {
+        simd::Uint8 words;
+        std::memcpy(&words, from, sizeof words);
+        const simd::Uint8 low = words << 16, high = words & 0xffff0000u;
+        std::memcpy(to + i, &low, sizeof low);
+        std::memcpy(to + i + 8, &high, sizeof high);
+    }
+}
+
 } // namespace
 
 std::int64_t XsmmEngine::packed_elements(std::int64_t outputs, std::int64_t inputs, bool with_backward) const
 {
     const std::int64_t width = kernels_.panel_width();
-    const std::int64_t forward = panels_of(outputs, width) * inputs * width;
+    const std::int64_t forward = header_elements + panels_of(outputs, width) * inputs * width;
     return forward + (with_backward ? panels_of(inputs, width) * outputs * width : 0);
 }
 
 PackedWeight XsmmEngine::pack(const Tensor& weight, bool with_backward, const Tensor& storage, bool already_packed)
 {
-    const std::int64_t width = kernels_.panel_width(), outputs = weight.rows, inputs = weight.columns;
+    const std::int64_t outputs = weight.rows, inputs = weight.columns;
     const std::int64_t elements = packed_elements(outputs, inputs, with_backward);
     const std::int64_t forward_elements = packed_elements(outputs, inputs, false);
     const Tensor all = storage.empty() ? allocate(1, elements, DType::f32) : storage;
@@ -52,23 +90,33 @@ PackedWeight XsmmEngine::pack(const Tensor& weight, bool with_backward, const Te
     out.forward = all.slice_columns(0, forward_elements);
     if (with_backward)
         out.backward = all.slice_columns(forward_elements, elements - forward_elements);
-    if (already_packed)
-        return out;
+    if (!already_packed)
+        pack_panels(weight, !with_backward && all_are_bf16(weight), out);
+    return out;
+}
 
+void XsmmEngine::pack_panels(const Tensor& weight, bool is_bf16, const PackedWeight& out)
+{
+    const std::int64_t width = kernels_.panel_width(), outputs = out.outputs, inputs = out.inputs;
+    std::fill_n(out.forward.f32(), header_elements, 0.0f);
+    out.forward.f32()[0] = std::bit_cast<float>(is_bf16 ? PanelKind::bf16 : PanelKind::f32);
+    float* const panels = out.forward.f32() + header_elements;
     // A panel's rows of the weight, expanded to f32, then turned around (forward) or copied slice by slice (backward).
     float* const rows = x_panels_.get(width * inputs);
     for (std::int64_t begin = 0; begin < outputs; begin += width) {
         const std::int64_t count = std::min(width, outputs - begin);
-        float* const panel = out.forward.f32() + begin * inputs;
-        if (count < width)
-            std::fill(panel, panel + inputs * width, 0.0f);
         for (std::int64_t row = 0; row < count; ++row) {
             const float* from = weight_row(weight, begin + row, rows + row * inputs);
             if (from != rows + row * inputs)
                 std::copy(from, from + inputs, rows + row * inputs);
         }
+        float* const panel = is_bf16 ? expanded_.get(width * inputs) : panels + begin * inputs;
+        if (count < width)
+            std::fill(panel, panel + inputs * width, 0.0f);
         simd::transpose(rows, inputs, count, inputs, panel, width);
-        for (std::int64_t column = 0; with_backward && column < inputs; column += width) {
+        if (is_bf16)
+            compress(panel, inputs * width, reinterpret_cast<std::uint32_t*>(panels) + begin * inputs / 2);
+        for (std::int64_t column = 0; !out.backward.empty() && column < inputs; column += width) {
             const std::int64_t columns = std::min(width, inputs - column);
             for (std::int64_t row = 0; row < count; ++row) {
                 float* to = out.backward.f32() + (column / width * outputs + begin + row) * width;
@@ -77,7 +125,16 @@ PackedWeight XsmmEngine::pack(const Tensor& weight, bool with_backward, const Te
             }
         }
     }
-    return out;
+}
+
+XsmmEngine::Panels XsmmEngine::forward_panels(const PackedWeight& w)
+{
+    const auto kind = std::bit_cast<PanelKind>(w.forward.f32()[0]);
+    SELM_EXPECT(kind == PanelKind::f32 || kind == PanelKind::bf16); // else the rank that packs them has not done so
+    const float* const panels = w.forward.f32() + header_elements;
+    if (kind == PanelKind::f32)
+        return {.f32 = panels, .bf16 = nullptr};
+    return {.f32 = nullptr, .bf16 = reinterpret_cast<const std::uint32_t*>(panels)};
 }
 
 void XsmmEngine::multiply(const PanelProduct& p)
@@ -85,6 +142,8 @@ void XsmmEngine::multiply(const PanelProduct& p)
     const std::int64_t width = kernels_.panel_width();
     const std::int64_t sweep_rows = even_block(p.rows, rows_per_sweep, rows_per_call);
     const std::int64_t depth = even_block(p.inputs, depth_per_call, 32); // of p.inputs alone: rows keep their bits
+    const bool is_bf16 = p.panels.bf16 != nullptr;
+    float* const expanded = is_bf16 ? expanded_.get(depth * width) : nullptr;
     alignas(64) float tile[rows_per_call * most_panel_width];
     SELM_EXPECT(width <= most_panel_width);
     for (std::int64_t sweep = 0; sweep < p.rows; sweep += sweep_rows) {
@@ -92,11 +151,15 @@ void XsmmEngine::multiply(const PanelProduct& p)
         for (std::int64_t output = 0; output < p.outputs; output += width) {
             const std::int64_t outputs = std::min(width, p.outputs - output);
             for (std::int64_t input = 0; input < p.inputs; input += depth) {
-                const float* panel = p.panels + output * p.inputs + input * width;
+                const std::int64_t count = std::min(depth, p.inputs - input);
+                const Panels slice = p.panels.from(output * p.inputs + input * width);
+                if (is_bf16)
+                    expand(slice.bf16, count * width, expanded);
+                const float* const panel = is_bf16 ? expanded : slice.f32;
                 const bool add = p.accumulate || input > 0;
                 GemmShape shape{.m = narrow(outputs),
                                 .n = 0,
-                                .k = narrow(std::min(depth, p.inputs - input)),
+                                .k = narrow(count),
                                 .lda = narrow(width),
                                 .ldb = narrow(p.x_stride),
                                 .ldc = narrow(add ? width : p.y_stride),
@@ -127,7 +190,7 @@ void XsmmEngine::multiply_linear(const Tensor& x_TK, const PackedWeight& w, cons
               .rows = x_TK.rows,
               .inputs = w.inputs,
               .outputs = w.outputs,
-              .panels = w.forward.f32(),
+              .panels = forward_panels(w),
               .y = y_TN.f32(),
               .y_stride = y_TN.stride,
               .accumulate = accumulate});
@@ -152,7 +215,7 @@ void XsmmEngine::linear_backward_input(const Tensor& dy_TN, const PackedWeight& 
               .rows = dy_TN.rows,
               .inputs = w.outputs,
               .outputs = w.inputs,
-              .panels = w.backward.f32(),
+              .panels = {.f32 = w.backward.f32(), .bf16 = nullptr},
               .y = dx_TK.f32(),
               .y_stride = dx_TK.stride,
               .accumulate = false});

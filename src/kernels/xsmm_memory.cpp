@@ -15,8 +15,8 @@ namespace selm::xsmm {
 namespace {
 
 constexpr std::size_t cache_line = 64, huge_page = std::size_t{2} << 20, padding = 256;
-/// From here on blocks are made of huge pages: rounding up to them wastes little.
-constexpr std::size_t smallest_huge_block = 16 << 20;
+/// From here on blocks start at a huge page and are made of huge pages, but for their end.
+constexpr std::size_t smallest_huge_block = 4 << 20;
 constexpr std::size_t smallest_kept_block = 256 << 10;
 
 /// Rounded up to one of eight sizes per power of two: at most an eighth is unused (and never touched).
@@ -35,7 +35,7 @@ void* allocate_aligned(std::size_t bytes)
                                                 "token budget or number of slots");
     // Panels and activations are swept from end to end: large pages spare most address translations. Advice only.
     if (alignment == huge_page)
-        madvise(block, bytes, MADV_HUGEPAGE);
+        madvise(block, bytes / huge_page * huge_page, MADV_HUGEPAGE);
     return block;
 }
 

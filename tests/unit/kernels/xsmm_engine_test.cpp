@@ -161,7 +161,8 @@ TEST_F(XsmmEngineTest, panels_hold_the_weight_and_zeros)
         }
     for (std::int64_t i = 0; i < storage.columns; ++i)
         zeros += storage.f32()[i] == 0 ? 1 : 0;
-    EXPECT_EQ(zeros, static_cast<std::size_t>(storage.columns - 2 * outputs * inputs)) << "padding is zero";
+    EXPECT_EQ(zeros, static_cast<std::size_t>(storage.columns - 2 * outputs * inputs - 1))
+        << "all but the weight, twice, and one word that names the layout is zero";
 }
 
 TEST_F(XsmmEngineTest, a_handle_on_panels_that_another_rank_packed)
@@ -174,17 +175,40 @@ TEST_F(XsmmEngineTest, a_handle_on_panels_that_another_rank_packed)
     expect_same_bits(y_again, y, "shared panels");
 }
 
+// Weights that are bf16 numbers are stored as such (when no backward pass needs them): same bits from half the memory.
 TEST_F(XsmmEngineTest, bf16_weights_count_as_their_float_values)
 {
-    const Tensor weight = random(50, 40, 1), rounded = engine().allocate(50, 40, DType::bf16);
-    for (std::int64_t i = 0; i < 50 * 40; ++i) {
-        rounded.bf16()[i] = float_to_bf16(weight.f32()[i]);
-        weight.f32()[i] = bf16_to_float(rounded.bf16()[i]);
+    for (const auto& [outputs, inputs] : {std::pair<std::int64_t, std::int64_t>{99, 40}, {33, 1536}, {64, 129}}) {
+        const Tensor weight = random(outputs, inputs, 1), rounded = engine().allocate(outputs, inputs, DType::bf16);
+        for (std::int64_t i = 0; i < outputs * inputs; ++i) {
+            rounded.bf16()[i] = float_to_bf16(weight.f32()[i]);
+            weight.f32()[i] = bf16_to_float(rounded.bf16()[i]);
+        }
+        const PackedWeight as_f32 = engine().pack(weight, true, {}, false); // with backward: never bf16
+        const Tensor storage = output(1, engine().packed_elements(outputs, inputs, false));
+        std::fill_n(storage.f32(), storage.columns, -7.0f);
+        const PackedWeight as_bf16 = engine().pack(weight, false, storage, false);
+        EXPECT_EQ(storage.f32()[storage.columns - 1], -7.0f) << "the second half of the storage is not touched";
+        const PackedWeight from_bf16 = engine().pack(rounded, false, {}, false);
+        const PackedWeight shared = engine().pack(output(outputs, inputs), false, storage, true);
+        for (const std::int64_t rows : {1, 5, 32, 33, 70}) {
+            const Tensor x = random(rows, inputs, 2), y = output(rows, outputs);
+            engine().linear(x, as_f32, y);
+            for (const PackedWeight* w : {&as_bf16, &from_bf16, &shared}) {
+                const Tensor other = output(rows, outputs);
+                engine().linear(x, *w, other);
+                expect_same_bits(other, y, cat(outputs, "x", inputs, ", ", rows, " rows"));
+            }
+        }
     }
-    const Tensor x = random(3, 40, 2), y = output(3, 50), y_rounded = output(3, 50);
-    engine().linear(x, engine().pack(weight, false, {}, false), y);
-    engine().linear(x, engine().pack(rounded, false, {}, false), y_rounded);
-    expect_same_bits(y_rounded, y, "bf16");
+}
+
+TEST_F(XsmmEngineTest, panels_that_nobody_packed_are_an_error)
+{
+    const Tensor storage = output(1, engine().packed_elements(5, 4, false));
+    engine().fill_zero(storage);
+    const PackedWeight w = engine().pack(output(5, 4), false, storage, true);
+    EXPECT_THROW(engine().linear(random(1, 4, 1), w, output(1, 5)), Error);
 }
 
 TEST_F(XsmmEngineTest, memory_is_counted_and_comes_back)
