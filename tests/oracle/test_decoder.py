@@ -27,7 +27,7 @@ def run_tool(tmp_path: Path, request: dict, expect: int = 0) -> tuple[np.ndarray
     output = tmp_path / "output.bin"
     path = tmp_path / "request.json"
     path.write_text(json.dumps({"output": str(output), **request}))
-    result = subprocess.run([str(TOOL), str(path)], capture_output=True, text=True, timeout=120)
+    result = subprocess.run([str(TOOL), str(path)], capture_output=True, text=True, timeout=600)
     assert result.returncode == expect, result.stderr
     if expect:
         return np.zeros(0), result.stderr
