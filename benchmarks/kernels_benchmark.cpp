@@ -10,8 +10,8 @@
 #include "selm/kernels/engine.hpp"
 
 // Rates of the engines' operations at the shapes of SmolLM2-135M: useful floating-point operations per second ("flops":
-// attention counts visible scores only; a backward pass counts 2.5 forward passes for attention, and recomputed logits too
-// for the head). One thread. Example: kernels_benchmark --benchmark_filter=xsmm
+// attention counts visible scores only; a backward pass counts 2.5 forward passes for attention, and recomputed
+// logits too for the head). One thread. Example: kernels_benchmark --benchmark_filter=xsmm
 namespace {
 
 using namespace selm;
@@ -82,7 +82,8 @@ void attention(benchmark::State& state, bool is_xsmm, bool is_backward)
     }
     double visible = 0;
     for (const Segment& s : segments)
-        visible += 0.5 * static_cast<double>(s.length * (s.length + 1)) + static_cast<double>(s.trunk < 0 ? 0 : s.length * trunk);
+        visible += 0.5 * static_cast<double>(s.length * (s.length + 1)) +
+                   static_cast<double>(s.trunk < 0 ? 0 : s.length * trunk);
     report(state, visible * 9 * 64 * 4 * (is_backward ? 2.5 : 1.0));
 }
 
@@ -130,7 +131,8 @@ void elementwise(benchmark::State& state, bool is_xsmm)
 {
     Engine& e = *engine(is_xsmm);
     const std::int64_t tokens = state.range(0);
-    const Tensor x = random_tensor(e, tokens, 576), y = e.allocate(tokens, 576, DType::f32), gain = random_tensor(e, 1, 576);
+    const Tensor x = random_tensor(e, tokens, 576), y = e.allocate(tokens, 576, DType::f32),
+                 gain = random_tensor(e, 1, 576);
     const Tensor gate_up = random_tensor(e, tokens, 3072), a = e.allocate(tokens, 1536, DType::f32);
     for (auto _ : state) {
         e.rms_norm(x, gain, 1e-5f, y, {});
@@ -164,7 +166,8 @@ void training_shapes(benchmark::internal::Benchmark* b)
 void register_engine(const char* name, bool is_xsmm)
 {
     const auto add = [name](const char* operation, auto&& body) {
-        return benchmark::RegisterBenchmark((std::string(name) + "/" + operation).c_str(), body)->Unit(benchmark::kMillisecond);
+        return benchmark::RegisterBenchmark((std::string(name) + "/" + operation).c_str(), body)
+            ->Unit(benchmark::kMillisecond);
     };
     add("linear", [=](benchmark::State& s) { linear(s, is_xsmm, Pass::forward); })->Apply(layer_shapes);
     add("linear_bf16", [=](benchmark::State& s) { linear(s, is_xsmm, Pass::forward, true); })->Apply(layer_shapes);
@@ -172,10 +175,13 @@ void register_engine(const char* name, bool is_xsmm)
     add("linear_dx", [=](benchmark::State& s) { linear(s, is_xsmm, Pass::backward_input); })->Apply(training_shapes);
     add("linear_dw", [=](benchmark::State& s) { linear(s, is_xsmm, Pass::backward_weight); })->Apply(training_shapes);
     for (const bool is_backward : {false, true})
-        add(is_backward ? "attention_backward" : "attention", [=](benchmark::State& s) { attention(s, is_xsmm, is_backward); })
+        add(is_backward ? "attention_backward" : "attention",
+            [=](benchmark::State& s) { attention(s, is_xsmm, is_backward); })
             ->Args({177, 280, 250})
             ->Args({500, 500, 500});
-    add("decode_attention", [=](benchmark::State& s) { decode_attention(s, is_xsmm); })->Args({1, 256})->Args({16, 256});
+    add("decode_attention", [=](benchmark::State& s) { decode_attention(s, is_xsmm); })
+        ->Args({1, 256})
+        ->Args({16, 256});
     add("head", [=](benchmark::State& s) { head(s, is_xsmm, false); })->Arg(512);
     add("head_backward", [=](benchmark::State& s) { head(s, is_xsmm, true); })->Arg(512);
     add("norm_and_swiglu", [=](benchmark::State& s) { elementwise(s, is_xsmm); })->Arg(16)->Arg(1583);

@@ -74,10 +74,11 @@ void adamw_step(const AdamWOptions& options, std::span<const float> gradient, st
     SELM_EXPECT(options.step_count >= 1);
     const StepFactors factors = step_factors(options);
     const auto block = options.round_bf16 ? adamw_block<true> : adamw_block<false>;
-    for_blocks("adamw_step", static_cast<std::int64_t>(size), [&](std::int64_t, std::int64_t begin, std::int64_t count) {
-        block(factors, count, gradient.data() + begin, master.data() + begin, exp_avg.data() + begin,
-              exp_avg_sq.data() + begin, compute.data() + begin);
-    });
+    for_blocks("adamw_step", static_cast<std::int64_t>(size),
+               [&](std::int64_t, std::int64_t begin, std::int64_t count) {
+                   block(factors, count, gradient.data() + begin, master.data() + begin, exp_avg.data() + begin,
+                         exp_avg_sq.data() + begin, compute.data() + begin);
+               });
 }
 
 double sum_of_squares(std::span<const float> values)

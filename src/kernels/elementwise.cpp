@@ -39,7 +39,10 @@ void add_row(const float* from, std::int64_t columns, float* to)
         to[c] += from[c];
 }
 
-std::int64_t count_of(std::size_t size) { return static_cast<std::int64_t>(size); }
+std::int64_t count_of(std::size_t size)
+{
+    return static_cast<std::int64_t>(size);
+}
 
 } // namespace
 
@@ -135,7 +138,8 @@ void rope(const Tensor& qkv, const AttentionShape& shape, std::span<const std::i
     for_rows("rope", qkv.rows, [&](std::int64_t row) {
         const std::int64_t position = positions[static_cast<std::size_t>(row)];
         for (std::int64_t head = 0; head < heads; ++head)
-            rope_head(qkv.row_f32(row) + head * shape.head_dim, cos.row_f32(position), sin.row_f32(position), sign, half);
+            rope_head(qkv.row_f32(row) + head * shape.head_dim, cos.row_f32(position), sin.row_f32(position), sign,
+                      half);
     });
 }
 

@@ -8,8 +8,8 @@
 
 #include "selm/kernels/engine.hpp"
 
-// Elementwise and row kernels in Kokkos, with one body for every execution space; the functions declared here run on the
-// host's default execution space. A row's reduction order is fixed, so its bits do not depend on the other rows.
+// Elementwise and row kernels in Kokkos, with one body for every execution space; the functions declared here run on
+// the host's default execution space. A row's reduction order is fixed, so its bits do not depend on the other rows.
 // Shapes as in engine.hpp; all tensors are f32 unless said.
 namespace selm::elementwise {
 
@@ -25,7 +25,10 @@ inline std::uint16_t to_bf16(float value)
     return static_cast<std::uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
 }
 
-inline float from_bf16(std::uint16_t value) { return std::bit_cast<float>(static_cast<std::uint32_t>(value) << 16); }
+inline float from_bf16(std::uint16_t value)
+{
+    return std::bit_cast<float>(static_cast<std::uint32_t>(value) << 16);
+}
 
 /**
  * @brief exp(x) with a relative error below 2e-7 for |x| <= 87; 0 below -87.3, infinity above 88.7; NaN stays NaN.

@@ -4,9 +4,9 @@
 #include <cstdint>
 #include <cstring>
 
-// Eight floats side by side, as GCC's and Clang's vector extension: AVX2 code where the target has it, the same results in
-// two SSE halves elsewhere. Everything is forced inline, so no vector crosses a function call
-// (references, because GCC notes the ABI of vector parameters where the target lacks AVX).
+// Eight floats side by side, as GCC's and Clang's vector extension: AVX2 code where the target has it, the same
+// results in two SSE halves elsewhere. Everything is forced inline, so no vector crosses a function call (references,
+// because GCC notes the ABI of vector parameters where the target lacks AVX).
 #pragma GCC diagnostic ignored "-Wpsabi"
 
 namespace selm::simd {
@@ -24,13 +24,25 @@ SELM_INLINE Float8 load(const float* from)
     return out;
 }
 
-SELM_INLINE void store(float* to, const Float8& value) { std::memcpy(to, &value, sizeof value); }
+SELM_INLINE void store(float* to, const Float8& value)
+{
+    std::memcpy(to, &value, sizeof value);
+}
 
-SELM_INLINE Float8 broadcast(float x) { return Float8{x, x, x, x, x, x, x, x}; }
+SELM_INLINE Float8 broadcast(float x)
+{
+    return Float8{x, x, x, x, x, x, x, x};
+}
 
-SELM_INLINE Float8 max(const Float8& a, const Float8& b) { return a > b ? a : b; }
+SELM_INLINE Float8 max(const Float8& a, const Float8& b)
+{
+    return a > b ? a : b;
+}
 
-SELM_INLINE Int8 lane_numbers() { return Int8{0, 1, 2, 3, 4, 5, 6, 7}; }
+SELM_INLINE Int8 lane_numbers()
+{
+    return Int8{0, 1, 2, 3, 4, 5, 6, 7};
+}
 
 /// Fixed pairing: lanes i and i+4, then i and i+2, then i and i+1.
 SELM_INLINE float sum_lanes(const Float8& x)

@@ -8,8 +8,9 @@
 #include "xsmm_blocks.hpp"
 #include "xsmm_engine.hpp"
 
-// Tiled attention with an online softmax (Dao et al., FlashAttention, 2022), forward and backward. Tiles of 64 queries by
-// 64 keys start at multiples of 64 of a segment's own positions: a row's arithmetic knows nothing of other segments.
+// Tiled attention with an online softmax (Dao et al., FlashAttention, 2022), forward and backward. Tiles of 64
+// queries by 64 keys start at multiples of 64 of a segment's own positions: a row's arithmetic knows nothing of other
+// segments.
 namespace selm::xsmm {
 namespace {
 
@@ -93,8 +94,13 @@ void XsmmEngine::attend(const QueryTile& q, std::span<const KeyTile> tiles)
 {
     float* const scores = score_tile_.get(tile * tile);
     float* const sums = output_tile_.get(tile * q.head_dim);
-    const GemmKernel score_kernel = kernels_.find(
-        {.m = tile, .n = q.rows, .k = q.head_dim, .lda = tile, .ldb = q.query_stride, .ldc = tile, .accumulate = false});
+    const GemmKernel score_kernel = kernels_.find({.m = tile,
+                                                   .n = q.rows,
+                                                   .k = q.head_dim,
+                                                   .lda = tile,
+                                                   .ldb = q.query_stride,
+                                                   .ldc = tile,
+                                                   .accumulate = false});
     RowState states[tile];
     bool is_first = true;
     for (const KeyTile& keys : tiles) {
@@ -224,8 +230,8 @@ struct XsmmEngine::BackwardTile {
 void XsmmEngine::attend_backward(const BackwardTile& q, const BackwardKeys& keys)
 {
     // Transposed tiles [key][query]: softmax is then element by element, and dV, dK take P^T and dS^T as they lie.
-    const GemmShape transposed_scores{.m = tile, .n = keys.keys, .k = q.head_dim, .lda = tile, .ldb = q.stride, .ldc = tile,
-                                      .accumulate = false};
+    const GemmShape transposed_scores{
+        .m = tile, .n = keys.keys, .k = q.head_dim, .lda = tile, .ldb = q.stride, .ldc = tile, .accumulate = false};
     const GemmKernel kernel = kernels_.find(transposed_scores);
     kernel(q.queries_transposed(), keys.key_rows, q.scores());
     kernel(q.d_out_transposed(), keys.value_rows, q.d_probabilities());
@@ -233,13 +239,23 @@ void XsmmEngine::attend_backward(const BackwardTile& q, const BackwardKeys& keys
         differentiate_row(q.scores() + key * tile, q.d_probabilities() + key * tile, q.lse, q.delta, q.scale,
                           keys.is_diagonal ? key : 0);
     const auto sum_over_queries = [&](const float* rows, std::int32_t row_stride, const float* weights, float* to) {
-        kernels_.find({.m = q.head_dim, .n = keys.keys, .k = q.rows, .lda = row_stride, .ldb = tile, .ldc = q.d_stride,
+        kernels_.find({.m = q.head_dim,
+                       .n = keys.keys,
+                       .k = q.rows,
+                       .lda = row_stride,
+                       .ldb = tile,
+                       .ldc = q.d_stride,
                        .accumulate = true})(rows, weights, to);
     };
     sum_over_queries(q.d_out, q.d_out_stride, q.scores(), keys.d_value_rows);
     sum_over_queries(q.queries, q.stride, q.d_probabilities(), keys.d_key_rows);
     simd::transpose(q.d_probabilities(), tile, keys.keys, tile, q.d_scores(), tile);
-    kernels_.find({.m = q.head_dim, .n = q.rows, .k = keys.keys, .lda = q.stride, .ldb = tile, .ldc = q.d_stride,
+    kernels_.find({.m = q.head_dim,
+                   .n = q.rows,
+                   .k = keys.keys,
+                   .lda = q.stride,
+                   .ldb = tile,
+                   .ldc = q.d_stride,
                    .accumulate = true})(keys.key_rows, q.d_scores(), q.d_queries);
 }
 
@@ -248,7 +264,8 @@ void XsmmEngine::attention_backward(const Tensor& qkv, const AttentionShape& sha
 {
     const std::int64_t dim = shape.head_dim, group = shape.heads / shape.kv_heads;
     SELM_EXPECT(shape.heads == group * shape.kv_heads && qkv.columns == (shape.heads + 2 * shape.kv_heads) * dim);
-    SELM_EXPECT(dqkv.rows == qkv.rows && dqkv.columns == qkv.columns && lse.rows == shape.heads && lse.columns == qkv.rows);
+    SELM_EXPECT(dqkv.rows == qkv.rows && dqkv.columns == qkv.columns && lse.rows == shape.heads &&
+                lse.columns == qkv.rows);
     SELM_EXPECT(out.rows == qkv.rows && out.columns == shape.heads * dim);
     SELM_EXPECT(dout.rows == out.rows && dout.columns == out.columns);
     check_segments(segments, qkv.rows);
@@ -261,7 +278,8 @@ void XsmmEngine::attention_backward(const Tensor& qkv, const AttentionShape& sha
     q.scale = shape.scale;
     q.scratch = backward_tiles_.get(BackwardTile::scratch_elements(dim));
 
-    const auto against_segment = [&](const Segment& segment, std::int64_t blocks, std::int64_t key_column, bool is_own) {
+    const auto against_segment = [&](const Segment& segment, std::int64_t blocks, std::int64_t key_column,
+                                     bool is_own) {
         const std::int64_t value_column = key_column + shape.kv_heads * dim;
         for (std::int64_t block = 0; block < blocks; ++block) {
             const std::int64_t row = segment.begin + block * tile;
@@ -286,7 +304,8 @@ void XsmmEngine::attention_backward(const Tensor& qkv, const AttentionShape& sha
                 transpose_key_block(q.d_out, dout.stride, q.rows, dim, q.d_out_transposed());
                 for (std::int32_t i = 0; i < tile; ++i) {
                     q.lse[i] = i < q.rows ? lse.row_f32(head)[row + i] : infinity;
-                    q.delta[i] = i < q.rows ? dot(out.row_f32(row + i) + head * dim, q.d_out + i * dout.stride, dim) : 0;
+                    q.delta[i] =
+                        i < q.rows ? dot(out.row_f32(row + i) + head * dim, q.d_out + i * dout.stride, dim) : 0;
                 }
                 if (segment.trunk >= 0) {
                     const Segment& trunk = segments[static_cast<std::size_t>(segment.trunk)];

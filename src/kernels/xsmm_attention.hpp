@@ -11,7 +11,10 @@ namespace selm::xsmm {
 inline constexpr std::int32_t tile = 64;
 static_assert(prefill_tile == tile);
 
-inline std::int64_t blocks_of(std::int64_t positions) { return (positions + tile - 1) / tile; }
+inline std::int64_t blocks_of(std::int64_t positions)
+{
+    return (positions + tile - 1) / tile;
+}
 
 /// to [head_dim][64] = up to 64 rows of keys, transposed; columns of missing keys are 0.
 void transpose_key_block(const float* keys, std::int64_t stride, std::int64_t count, std::int64_t head_dim, float* to);

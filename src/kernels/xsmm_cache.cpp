@@ -20,13 +20,14 @@ namespace {
  */
 class XsmmKvCache final : public KvCache {
   public:
-    XsmmKvCache(std::int64_t layers, std::int64_t slots, std::int64_t capacity, const AttentionShape& shape)
-        : layers_(layers), slots_(slots), capacity_(capacity), kv_heads_(shape.kv_heads), head_dim_(shape.head_dim),
-          head_elements_(2 * blocks_of(capacity) * tile * shape.head_dim)
+    XsmmKvCache(std::int64_t layers, std::int64_t slots, std::int64_t capacity, const AttentionShape& shape) :
+        layers_(layers), slots_(slots), capacity_(capacity), kv_heads_(shape.kv_heads), head_dim_(shape.head_dim),
+        head_elements_(2 * blocks_of(capacity) * tile * shape.head_dim)
     {
         SELM_EXPECT(layers >= 1 && slots >= 1 && capacity >= 1 && kv_heads_ >= 1 && head_dim_ >= 1);
         bytes_ = static_cast<std::size_t>(layers * slots * kv_heads_ * head_elements_) * sizeof(float) + 4096;
-        void* memory = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        void* memory =
+            mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         SELM_VALIDATE(memory != MAP_FAILED, ExitCode::io,
                       "the address space of the key/value cache could not be reserved ("
                           << bytes_ << " bytes for " << slots << " slots of " << capacity

@@ -10,7 +10,10 @@
 
 namespace selm {
 
-std::unique_ptr<Engine> make_xsmm_engine(const EngineOptions&) { return std::make_unique<xsmm::XsmmEngine>(); }
+std::unique_ptr<Engine> make_xsmm_engine(const EngineOptions&)
+{
+    return std::make_unique<xsmm::XsmmEngine>();
+}
 
 namespace xsmm {
 
@@ -49,10 +52,14 @@ void XsmmEngine::copy_to_host(const Tensor& from, void* host)
     const std::size_t width = size_of(from.dtype), row_bytes = static_cast<std::size_t>(from.columns) * width;
     for (std::int64_t row = 0; row < from.rows; ++row)
         std::memcpy(static_cast<char*>(host) + static_cast<std::size_t>(row) * row_bytes,
-                    static_cast<const char*>(from.data) + static_cast<std::size_t>(row * from.stride) * width, row_bytes);
+                    static_cast<const char*>(from.data) + static_cast<std::size_t>(row * from.stride) * width,
+                    row_bytes);
 }
 
-void XsmmEngine::fill_zero(const Tensor& x) { elementwise::fill_zero(x); }
+void XsmmEngine::fill_zero(const Tensor& x)
+{
+    elementwise::fill_zero(x);
+}
 
 void XsmmEngine::embed(std::span<const std::int32_t> tokens, const Tensor& embedding_VH, const Tensor& x_TH)
 {
@@ -81,7 +88,10 @@ void XsmmEngine::rope(const Tensor& qkv, const AttentionShape& shape, std::span<
     elementwise::rope(qkv, shape, positions, cos, sin, backward);
 }
 
-void XsmmEngine::swiglu(const Tensor& gate_up, const Tensor& a_TI) { elementwise::swiglu(gate_up, a_TI); }
+void XsmmEngine::swiglu(const Tensor& gate_up, const Tensor& a_TI)
+{
+    elementwise::swiglu(gate_up, a_TI);
+}
 
 void XsmmEngine::swiglu_backward(const Tensor& gate_up, const Tensor& da_TI, const Tensor& a_TI)
 {

@@ -16,10 +16,10 @@ namespace selm::xsmm {
  * @brief Engine for x86 CPUs: LIBXSMM kernels on weights packed in panels, f32 throughout, one thread.
  *
  * Panels: forward [ceil(N/nb)][K][nb] with outputs innermost, backward [ceil(K/nb)][N][nb] with inputs innermost; nb is
- * the kernels' panel width and the last panel is padded with zeros. Panels are f32, but forward panels of weights packed
- * without backward, all of whose values are bf16 numbers, are bf16: decoding reads half the memory, and each piece is
- * expanded to f32 right before it is multiplied, so that the results have the same bits. A header in front of the forward
- * panels says which: another rank may have packed them.
+ * the kernels' panel width and the last panel is padded with zeros. Panels are f32, but forward panels of weights
+ * packed without backward, all of whose values are bf16 numbers, are bf16: decoding reads half the memory, and each
+ * piece is expanded to f32 right before it is multiplied, so that the results have the same bits. A header in front
+ * of the forward panels says which: another rank may have packed them.
  */
 class XsmmEngine final : public Engine {
   public:
@@ -46,12 +46,13 @@ class XsmmEngine final : public Engine {
     void linear_backward_weight(const Tensor& dy_TN, const Tensor& x_TK, const Tensor& dw_NK) override;
 
     void embed(std::span<const std::int32_t> tokens, const Tensor& embedding_VH, const Tensor& x_TH) override;
-    void embed_backward(std::span<const std::int32_t> tokens, const Tensor& dx_TH, const Tensor& d_embedding_VH) override;
+    void embed_backward(std::span<const std::int32_t> tokens, const Tensor& dx_TH,
+                        const Tensor& d_embedding_VH) override;
     void rms_norm(const Tensor& x_TH, const Tensor& gain, float eps, const Tensor& y_TH, const Tensor& rstd) override;
     void rms_norm_backward(const Tensor& x_TH, const Tensor& gain, const Tensor& rstd, const Tensor& dy_TH,
                            const Tensor& dx_TH, const Tensor& dgain) override;
-    void rope(const Tensor& qkv, const AttentionShape& shape, std::span<const std::int32_t> positions, const Tensor& cos,
-              const Tensor& sin, bool backward) override;
+    void rope(const Tensor& qkv, const AttentionShape& shape, std::span<const std::int32_t> positions,
+              const Tensor& cos, const Tensor& sin, bool backward) override;
     void swiglu(const Tensor& gate_up, const Tensor& a_TI) override;
     void swiglu_backward(const Tensor& gate_up, const Tensor& da_TI, const Tensor& a_TI) override;
     void gather_rows(const Tensor& x, std::span<const std::int64_t> index, const Tensor& out) override;
@@ -108,8 +109,8 @@ class XsmmEngine final : public Engine {
     };
     void add_weight_gradient(const WeightGradient& gradient);
     /// panels [ceil(columns/width)][rows][width] of a row-major matrix; the padding of the last panel is cleared.
-    static void copy_to_column_panels(const float* from, std::int64_t from_stride, std::int64_t rows, std::int64_t columns,
-                                      std::int64_t width, float* panels);
+    static void copy_to_column_panels(const float* from, std::int64_t from_stride, std::int64_t rows,
+                                      std::int64_t columns, std::int64_t width, float* panels);
 
     /// Query rows of one head against a list of key tiles.
     struct KeyTile {
@@ -153,8 +154,8 @@ class XsmmEngine final : public Engine {
 
     GemmKernels kernels_;
     MemoryPool memory_;
-    Scratch expanded_, x_panels_, dy_transposed_, score_tile_, output_tile_, keys_transposed_, backward_tiles_, decode_scores_,
-        logit_tile_, logit_gradient_;
+    Scratch expanded_, x_panels_, dy_transposed_, score_tile_, output_tile_, keys_transposed_, backward_tiles_,
+        decode_scores_, logit_tile_, logit_gradient_;
     std::vector<KeyTile> key_tiles_;
 };
 

@@ -69,8 +69,8 @@ GemmKernel GemmKernels::find(const GemmShape& shape)
     }
     const GemmKernel::Compiled compiled = compile(shape);
     if (compiled == nullptr && plain_loops_++ == 0)
-        SELM_LOG_LOCAL(warning, "LIBXSMM (" << target_ << ") has no kernel for the product m=" << shape.m << " n="
-                                            << shape.n << " k=" << shape.k
+        SELM_LOG_LOCAL(warning, "LIBXSMM (" << target_ << ") has no kernel for the product m=" << shape.m
+                                            << " n=" << shape.n << " k=" << shape.k
                                             << ": a plain loop computes it, and others like it, more slowly");
     table_[place] = GemmKernel(compiled, shape);
     return table_[place];

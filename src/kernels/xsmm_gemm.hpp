@@ -9,8 +9,8 @@ namespace selm::xsmm {
 /**
  * @brief A small matrix product as LIBXSMM sees it (column-major): C(m x n) = or += A(m x k) B(k x n).
  *
- * Read row-major: n rows of C, each of m columns (row stride ldc), are the n rows of B (k long, row stride ldb) times the
- * k rows of A (m long, row stride lda).
+ * Read row-major: n rows of C, each of m columns (row stride ldc), are the n rows of B (k long, row stride ldb) times
+ * the k rows of A (m long, row stride lda).
  */
 struct GemmShape {
     std::int32_t m = 0, n = 0, k = 0;

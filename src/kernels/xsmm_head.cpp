@@ -15,7 +15,8 @@ namespace {
 
 using simd::Float8;
 
-/// Rows that share one sweep over the vocabulary's panels, at most, and columns of a logit tile (a multiple of every panel width).
+/// Rows that share one sweep over the vocabulary's panels, at most, and columns of a logit tile (a multiple of every
+/// panel width).
 constexpr std::int64_t rows_per_sweep = 256, columns_per_tile = 256;
 
 struct RowState {
@@ -43,8 +44,8 @@ void add_logits(float* logits, std::int64_t count, RowState& state)
 }
 
 /**
- * A tile of logits (columns from `column` on) becomes d(loss)/d(logits) = g * (onehot(target) - p). The target's entry is
- * computed as -g * expm1(log p), which is exact to rounding even where p is close to 1.
+ * A tile of logits (columns from `column` on) becomes d(loss)/d(logits) = g * (onehot(target) - p). The target's
+ * entry is computed as -g * expm1(log p), which is exact to rounding even where p is close to 1.
  */
 void differentiate_tile(float* tile, std::int64_t column, std::int64_t columns, std::span<const std::int32_t> targets,
                         std::span<const float> lse, std::span<const float> g)
@@ -128,7 +129,8 @@ void XsmmEngine::head_log_probs_backward(const Tensor& h_RH, const PackedWeight&
                                          std::span<const std::int32_t> targets, std::span<const float> lse,
                                          std::span<const float> g, const Tensor& dh_RH, const Tensor& dw_VH)
 {
-    const std::int64_t rows = h_RH.rows, vocabulary = head.outputs, inputs = head.inputs, width = kernels_.panel_width();
+    const std::int64_t rows = h_RH.rows, vocabulary = head.outputs, inputs = head.inputs,
+                       width = kernels_.panel_width();
     SELM_EXPECT(!head.backward.empty()); // packed without backward
     SELM_EXPECT(h_RH.columns == inputs && dh_RH.rows == rows && dh_RH.columns == inputs);
     SELM_EXPECT(dw_VH.rows == vocabulary && dw_VH.columns == inputs);

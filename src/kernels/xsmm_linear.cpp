@@ -13,13 +13,16 @@ namespace {
 
 /// Rows of x per sweep over the panels, at most: a panel then serves several calls from the L2 cache.
 constexpr std::int64_t rows_per_sweep = 256;
-/// Inputs per kernel call, at most. Each call's sums are computed apart and then added (place_tile): with products added
-/// one by one to the residual stream, logits of SmolLM2 (30 layers) were off by 6e-4 instead of 8e-5.
+/// Inputs per kernel call, at most. Each call's sums are computed apart and then added (place_tile): with products
+/// added one by one to the residual stream, logits of SmolLM2 (30 layers) were off by 6e-4 instead of 8e-5.
 constexpr std::int64_t depth_per_call = 384;
 /// Tokens and outputs per block of a weight gradient, at most: a panel of x fills the L1 cache.
 constexpr std::int64_t tokens_per_block = 256, outputs_per_block = 256;
 
-std::int64_t panels_of(std::int64_t columns, std::int64_t width) { return (columns + width - 1) / width; }
+std::int64_t panels_of(std::int64_t columns, std::int64_t width)
+{
+    return (columns + width - 1) / width;
+}
 
 /// Row `row` of a weight as floats: the row itself, or bf16 expanded into `expanded`.
 const float* weight_row(const Tensor& weight, std::int64_t row, float* expanded)
@@ -36,7 +39,10 @@ const float* weight_row(const Tensor& weight, std::int64_t row, float* expanded)
 constexpr std::int64_t header_elements = 16;
 enum class PanelKind : std::uint32_t { f32 = 0x5e1f0032, bf16 = 0x5e1f0016 };
 
-bool is_bf16(float value) { return (std::bit_cast<std::uint32_t>(value) & 0xffffu) == 0; }
+bool is_bf16(float value)
+{
+    return (std::bit_cast<std::uint32_t>(value) & 0xffffu) == 0;
+}
 
 bool all_are_bf16(const Tensor& weight)
 {
@@ -54,7 +60,8 @@ void compress(const float* from, std::int64_t count, std::uint32_t* to)
 {
     for (std::int64_t i = 0; i < count; i += 16, to += 8)
         for (std::int64_t word = 0; word < 8; ++word)
-            to[word] = std::bit_cast<std::uint32_t>(from[i + word]) >> 16 | std::bit_cast<std::uint32_t>(from[i + word + 8]);
+            to[word] =
+                std::bit_cast<std::uint32_t>(from[i + word]) >> 16 | std::bit_cast<std::uint32_t>(from[i + word + 8]);
 }
 
 void expand(const std::uint32_t* from, std::int64_t count, float* to)

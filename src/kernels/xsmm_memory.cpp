@@ -31,8 +31,9 @@ void* allocate_aligned(std::size_t bytes)
     const std::size_t alignment = bytes >= smallest_huge_block ? huge_page : cache_line;
     void* block = std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
     SELM_VALIDATE(block != nullptr, ExitCode::io,
-                  "out of memory: " << bytes << " bytes could not be allocated. Use fewer ranks per node, or a smaller "
-                                                "token budget or number of slots");
+                  "out of memory: " << bytes
+                                    << " bytes could not be allocated. Use fewer ranks per node, or a smaller "
+                                       "token budget or number of slots");
     // Panels and activations are swept from end to end: large pages spare most address translations. Advice only.
     if (alignment == huge_page)
         madvise(block, bytes / huge_page * huge_page, MADV_HUGEPAGE);
@@ -104,9 +105,15 @@ std::shared_ptr<void> MemoryPool::allocate(std::size_t bytes)
     return {block, [state = state_, size](void* freed) { state->give_back(size, freed); }};
 }
 
-std::int64_t MemoryPool::allocated_bytes() const { return state_->allocated; }
+std::int64_t MemoryPool::allocated_bytes() const
+{
+    return state_->allocated;
+}
 
-std::int64_t MemoryPool::peak_allocated_bytes() const { return state_->peak; }
+std::int64_t MemoryPool::peak_allocated_bytes() const
+{
+    return state_->peak;
+}
 
 float* Scratch::get(std::int64_t floats)
 {

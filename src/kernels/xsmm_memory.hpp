@@ -7,8 +7,8 @@
 namespace selm::xsmm {
 
 /**
- * @brief Counted blocks of 64-byte aligned memory; freed large blocks are kept for the next request of their size class,
- * because the kernel clears every page that a process gets anew (a training step would clear gigabytes).
+ * @brief Counted blocks of 64-byte aligned memory; freed large blocks are kept for the next request of their size
+ * class, because the kernel clears every page that a process gets anew (a training step would clear gigabytes).
  *
  * Allocated and kept bytes together never exceed the peak of allocated bytes. Blocks may outlive the pool's owner.
  */

@@ -12,7 +12,10 @@
 namespace selm {
 namespace {
 
-double relative_error(float actual, double expected) { return std::abs(static_cast<double>(actual) - expected) / expected; }
+double relative_error(float actual, double expected)
+{
+    return std::abs(static_cast<double>(actual) - expected) / expected;
+}
 
 TEST(MathTest, fast_exp_is_accurate)
 {
@@ -41,7 +44,8 @@ TEST(MathTest, exp_of_eight_is_accurate)
             ASSERT_LT(relative_error(results[lane], std::exp(static_cast<double>(values[lane]))), 2e-7) << values[lane];
     }
     constexpr float infinity = std::numeric_limits<float>::infinity();
-    const float special[8] = {0, -infinity, -88, -1e30f, std::numeric_limits<float>::quiet_NaN(), -0.0f, -87.3f, -87.31f};
+    const float special[8] = {0,     -infinity, -88,    -1e30f, std::numeric_limits<float>::quiet_NaN(),
+                              -0.0f, -87.3f,    -87.31f};
     float results[8];
     simd::store(results, simd::exp_nonpositive(simd::load(special)));
     EXPECT_EQ(results[0], 1.0f);

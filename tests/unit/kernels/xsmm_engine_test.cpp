@@ -72,7 +72,8 @@ TEST_F(XsmmEngineTest, linear_rows_do_not_depend_on_the_other_rows)
             for (const std::int64_t begin : {0, 3, 30}) {
                 const Tensor some = output(count, outputs), some_dx = output(count, inputs);
                 engine().linear(x.slice_rows(begin, count), w, some);
-                expect_same_bits(some, y.slice_rows(begin, count), cat("linear ", outputs, "x", inputs, " rows ", count));
+                expect_same_bits(some, y.slice_rows(begin, count),
+                                 cat("linear ", outputs, "x", inputs, " rows ", count));
                 engine().linear_backward_input(dy.slice_rows(begin, count), w, some_dx);
                 expect_same_bits(some_dx, dx.slice_rows(begin, count), cat("backward ", outputs, "x", inputs));
             }
@@ -122,17 +123,18 @@ TEST_F(XsmmEngineTest, cached_attention_does_not_depend_on_the_step_or_the_slot)
     // In chunks, in another slot that held another sequence before, in steps with rows of another sequence.
     const auto two = engine().make_cache(2, 3, length, shape);
     const Tensor both = output(2 * length, qkv_columns), out = output(2 * length, out_columns);
-    engine().attention_cached(other, shape, *two, 1, std::vector<CachedSpan>{{2, 0, length, 0, true}}, out.slice_rows(0, length));
+    engine().attention_cached(other, shape, *two, 1, std::vector<CachedSpan>{{2, 0, length, 0, true}},
+                              out.slice_rows(0, length));
     for (std::int64_t row = 0; row < 2 * length; ++row)
         std::copy_n((row < length ? other : qkv).row_f32(row % length), qkv_columns, both.row_f32(row));
-    engine().attention_cached(both, shape, *two, 1, std::vector<CachedSpan>{{1, 0, 64, 0, true}, {2, length, 64, 0, true}}, out);
-    engine().attention_cached(
-        both, shape, *two, 1,
-        std::vector<CachedSpan>{{2, length + 64, 66, 64, true}, {1, 64, 1, 64, false}}, out);
+    engine().attention_cached(both, shape, *two, 1,
+                              std::vector<CachedSpan>{{1, 0, 64, 0, true}, {2, length, 64, 0, true}}, out);
+    engine().attention_cached(both, shape, *two, 1,
+                              std::vector<CachedSpan>{{2, length + 64, 66, 64, true}, {1, 64, 1, 64, false}}, out);
     for (std::int64_t row = 130; row < length; ++row)
-        engine().attention_cached(
-            both, shape, *two, 1,
-            std::vector<CachedSpan>{{1, row, 1, row, false}, {2, length + row, 1, row, false}}, out);
+        engine().attention_cached(both, shape, *two, 1,
+                                  std::vector<CachedSpan>{{1, row, 1, row, false}, {2, length + row, 1, row, false}},
+                                  out);
     expect_same_bits(out.slice_rows(length, length), at_once, "cached");
 }
 
@@ -250,12 +252,16 @@ TEST_F(XsmmEngineTest, refuses_what_it_cannot_do)
     EXPECT_THROW(engine().linear_backward_input(random(2, 5, 1), forward_only, output(2, 4)), Error);
     EXPECT_THROW(engine().linear(random(2, 3, 1), forward_only, output(2, 5)), Error);
     std::vector<float> log_probs(1), lse(1);
-    EXPECT_THROW(engine().head_log_probs(random(1, 4, 1), forward_only, std::vector<std::int32_t>{5}, log_probs, lse), Error);
+    EXPECT_THROW(engine().head_log_probs(random(1, 4, 1), forward_only, std::vector<std::int32_t>{5}, log_probs, lse),
+                 Error);
     const auto cache = engine().make_cache(1, 1, 64, shape);
     const Tensor qkv = random(2, qkv_columns, 1), out = output(2, out_columns);
-    EXPECT_THROW(engine().attention_cached(qkv, shape, *cache, 0, std::vector<CachedSpan>{{0, 0, 2, 63, true}}, out), Error);
-    EXPECT_THROW(engine().attention_cached(qkv, shape, *cache, 0, std::vector<CachedSpan>{{1, 0, 2, 0, true}}, out), Error);
-    EXPECT_THROW(engine().attention_cached(qkv, shape, *cache, 0, std::vector<CachedSpan>{{0, 0, 2, 1, true}}, out), Error);
+    EXPECT_THROW(engine().attention_cached(qkv, shape, *cache, 0, std::vector<CachedSpan>{{0, 0, 2, 63, true}}, out),
+                 Error);
+    EXPECT_THROW(engine().attention_cached(qkv, shape, *cache, 0, std::vector<CachedSpan>{{1, 0, 2, 0, true}}, out),
+                 Error);
+    EXPECT_THROW(engine().attention_cached(qkv, shape, *cache, 0, std::vector<CachedSpan>{{0, 0, 2, 1, true}}, out),
+                 Error);
 }
 
 TEST_F(XsmmEngineTest, a_large_cache_costs_nothing_until_it_is_used)

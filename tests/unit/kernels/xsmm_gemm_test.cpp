@@ -49,14 +49,16 @@ TEST(XsmmGemmTest, compiled_kernels_have_the_bits_of_the_plain_loop)
         kernel(a.data(), b.data(), compiled.data());
         kernel.run_plain_loop(a.data(), b.data(), plain.data());
         ASSERT_EQ(std::memcmp(compiled.data(), plain.data(), plain.size() * sizeof(float)), 0)
-            << "m " << s.m << " n " << s.n << " k " << s.k << " accumulate " << s.accumulate << " on " << kernels.target();
+            << "m " << s.m << " n " << s.n << " k " << s.k << " accumulate " << s.accumulate << " on "
+            << kernels.target();
     }
 }
 
 TEST(XsmmGemmTest, plain_loop_equals_a_sum_in_double)
 {
     const GemmShape s{.m = 5, .n = 3, .k = 17, .lda = 6, .ldb = 18, .ldc = 7, .accumulate = true};
-    const std::vector<float> a = random_floats(6 * 17, 1), b = random_floats(18 * 3, 2), before = random_floats(7 * 3, 3);
+    const std::vector<float> a = random_floats(6 * 17, 1), b = random_floats(18 * 3, 2),
+                             before = random_floats(7 * 3, 3);
     std::vector<float> c = before;
     GemmKernel(nullptr, s)(a.data(), b.data(), c.data());
     for (std::size_t row = 0; row < 3; ++row) {
@@ -74,7 +76,8 @@ TEST(XsmmGemmTest, finds_the_right_kernel_among_many)
 {
     GemmKernels kernels;
     const auto shape_of = [](std::int32_t i) {
-        return GemmShape{.m = 1 + i % 8, .n = 1 + i / 8 % 16, .k = 2 + i / 128, .lda = 8, .ldb = 40, .ldc = 9, .accumulate = false};
+        return GemmShape{
+            .m = 1 + i % 8, .n = 1 + i / 8 % 16, .k = 2 + i / 128, .lda = 8, .ldb = 40, .ldc = 9, .accumulate = false};
     };
     constexpr std::int32_t count = 1500; // the table starts with 1024 places, so it grows
     for (const int pass : {1, 2})
