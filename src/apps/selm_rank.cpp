@@ -10,13 +10,15 @@ void print(const selm::RankOptions& options, const selm::RankReport& report)
     const auto rows = static_cast<double>(report.rows);
     std::cout << outcome_text(report.outcome, options.iter + " with /ranking" + (options.generated_only ? "" : " and /pairs")) << "\n"
               << "rows " << report.rows;
-    if (!options.generated_only)
+    if (!options.generated_only && !options.rankers.empty())
         std::cout << "; the generated answer was best " << percent(static_cast<double>(report.generated_best), rows) << ", middle "
                   << percent(static_cast<double>(report.generated_middle), rows) << ", worst "
                   << percent(static_cast<double>(report.generated_worst), rows) << "; best = worst in " << report.ties << " rows";
-    std::cout << "\nmean score: generated " << fixed(report.mean_score[0], 4);
-    if (!options.generated_only)
-        std::cout << ", chosen " << fixed(report.mean_score[1], 4) << ", rejected " << fixed(report.mean_score[2], 4);
+    if (!options.rankers.empty()) {
+        std::cout << "\nmean score: generated " << fixed(report.mean_score[0], 4);
+        if (!options.generated_only)
+            std::cout << ", chosen " << fixed(report.mean_score[1], 4) << ", rejected " << fixed(report.mean_score[2], 4);
+    }
     std::cout << "\n"
               << fixed(report.seconds, 2) << " s, " << per_second(static_cast<double>(report.tokens), report.seconds) << " tokens/s\n";
 }

@@ -153,12 +153,13 @@ void print_ranking(std::ostream& out, const IterationReader& reader)
     const auto scores = reader.ranking_scores();
     const auto ranks = reader.ranking_ranks();
     const auto pairs = reader.pairs();
+    const bool paired = pairs.update_rule != "none"; // held-out answers are scored only
     out << "\n  ranking by";
     for (const std::string& name : reader.rankers())
         out << " " << name;
     out << (reader.rankers().empty() ? " nobody" : "") << ", update rule " << pairs.update_rule << "\n  " << std::left << std::setw(12)
         << "" << std::right << std::setw(11) << "mean score" << std::setw(8) << "rank 1" << std::setw(8) << "rank 2" << std::setw(8) << "rank 3"
-        << std::setw(9) << "as best" << std::setw(10) << "as worst" << "\n";
+        << (paired ? "  as best  as worst" : "") << "\n";
     for (std::size_t c = 0; c < candidates_per_row; ++c) {
         double sum = 0;
         std::int64_t scored = 0;
@@ -172,9 +173,14 @@ void print_ranking(std::ostream& out, const IterationReader& reader)
         }
         out << "  " << std::left << std::setw(12) << candidate_names[c] << std::right << std::setw(11)
             << number(scored > 0 ? sum / static_cast<double>(scored) : NAN) << std::setw(8) << at_rank[1] << std::setw(8) << at_rank[2]
-            << std::setw(8) << at_rank[3] << std::setw(9) << std::count(pairs.best.begin(), pairs.best.end(), static_cast<std::int32_t>(c))
-            << std::setw(10) << std::count(pairs.worst.begin(), pairs.worst.end(), static_cast<std::int32_t>(c)) << "\n";
+            << std::setw(8) << at_rank[3];
+        if (paired)
+            out << std::setw(9) << std::count(pairs.best.begin(), pairs.best.end(), static_cast<std::int32_t>(c)) << std::setw(10)
+                << std::count(pairs.worst.begin(), pairs.worst.end(), static_cast<std::int32_t>(c));
+        out << "\n";
     }
+    if (!paired)
+        return;
     std::int64_t same = 0;
     for (std::size_t i = 0; i < pairs.best.size(); ++i)
         same += pairs.best[i] == pairs.worst[i];

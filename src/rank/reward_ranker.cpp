@@ -57,8 +57,8 @@ class RewardRanker final : public Ranker {
         for (std::size_t begin = 0; begin < packed.size();) {
             std::size_t end = begin;
             std::int64_t tokens = 0;
-            while (end < packed.size() && (end == begin || tokens + packed[end].tokens() <= parts_.tokens_per_microbatch))
-                tokens += packed[end++].tokens();
+            for (; end < packed.size() && (end == begin || tokens + cost_of(packed[end]) <= parts_.tokens_per_microbatch); ++end)
+                tokens += cost_of(packed[end]);
             score_microbatch(rows.subspan(begin, end - begin), std::span(packed).subspan(begin, end - begin),
                              std::span(scores).subspan(begin, end - begin));
             computed_ += tokens;
@@ -90,12 +90,16 @@ class RewardRanker final : public Ranker {
         return packed;
     }
 
+    /// Tokens to compute: none where there is no answer to score.
+    static std::int64_t cost_of(const PackedRow& row) { return row.branches.empty() ? 0 : row.tokens(); }
+
     void score_microbatch(std::span<const RankRow> rows, std::span<const PackedRow> packed, std::span<RowScores> scores)
     {
         PackedBatch batch;
         std::size_t branches = 0;
         for (const PackedRow& row : packed) {
-            batch.add_last_token(row.trunk, row.branches);
+            if (!row.branches.empty())
+                batch.add_last_token(row.trunk, row.branches);
             branches += row.branches.size();
         }
         std::vector<float> rewards(branches);

@@ -106,7 +106,7 @@ class Rank : public ::testing::Test {
         return rows;
     }
 
-    void make_iteration(const std::string& file)
+    void make_iteration(const std::string& file, bool answered = true)
     {
         on_root([&] {
             const PreferencesReader prefs(path("prefs.h5"));
@@ -114,8 +114,9 @@ class Rank : public ::testing::Test {
             std::vector<GeneratedAnswer> answers;
             for (std::int64_t i = 0; i < row_count; ++i) {
                 rows.push_back(i);
-                answers.push_back({.row = i, .text = has_answer(i) && i != 7 ? cat("answer ", i) : "", .tokens = {}, .logprobs = {},
-                                   .finish_reason = has_answer(i) ? FinishReason::elsewhere : FinishReason::none});
+                const bool exists = answered && has_answer(i);
+                answers.push_back({.row = i, .text = exists && i != 7 ? cat("answer ", i) : "", .tokens = {}, .logprobs = {},
+                                   .finish_reason = exists ? FinishReason::elsewhere : FinishReason::none});
             }
             write_iteration(file, prefs, rows, answers, {}, {}, *make_single_communicator());
         });
@@ -308,6 +309,23 @@ TEST_F(Rank, GeneratedOnlyScoresHeldOutAnswersAndMakesNoPairs)
     logprob.iter = options_.iter;
     logprob.model = path("model");
     expect_error(ExitCode::bad_data, {"held_out.h5", "generated-only"}, [&] { run_logprob(logprob, test_world()); });
+}
+
+TEST_F(Rank, HeldOutRowsWithoutAnswersCostNothing)
+{
+    use_reward_model();
+    make_iteration(options_.iter, false);
+    options_.generated_only = true;
+    const RankReport report = run_rank(options_, test_world());
+    EXPECT_EQ(report.outcome, Outcome::done);
+    EXPECT_EQ(report.tokens, 0);
+    EXPECT_TRUE(std::isnan(report.mean_score[0]));
+    std::ostringstream printed;
+    InspectOptions inspect;
+    inspect.file = options_.iter;
+    run_inspect(inspect, test_world(), printed);
+    EXPECT_EQ(printed.str().find("as best"), std::string::npos);
+    EXPECT_NO_THROW(verify_file(options_.iter));
 }
 
 TEST_F(Rank, TwoRankersAreBothStoredAndAveraged)
