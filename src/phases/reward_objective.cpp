@@ -5,6 +5,7 @@
 #include <chrono>
 #include <cmath>
 #include <cstring>
+#include <filesystem>
 #include <functional>
 #include <optional>
 #include <utility>
@@ -14,7 +15,9 @@
 #include "selm/algo/losses.hpp"
 #include "selm/base/error.hpp"
 #include "selm/base/log.hpp"
+#include "selm/base/stop.hpp"
 #include "selm/comm/agree.hpp"
+#include "selm/data/journal.hpp"
 #include "selm/data/work_queue.hpp"
 #include "selm/model/model_files.hpp"
 #include "selm/phases/shared_model.hpp"
@@ -173,6 +176,136 @@ class RewardModelObjective final : public TrainingObjective {
     Rows rows_;
 };
 
+/// d = h_chosen - h_rejected of some rows, computed as the queue hands them out.
+struct Features {
+    std::vector<std::int64_t> rows;
+    std::vector<float> values; ///< [rows, H]
+};
+
+/// Computes the features of rows that the journal does not have, as the queue hands them out.
+class FeaturePass {
+  public:
+    FeaturePass(const TrainOptions& options, const Rows& rows, const RowEncoder& encoder, SharedModel& model, Journal& journal, Communicator& comm)
+        : options_(options), rows_(rows), encoder_(encoder), model_(model), journal_(journal), comm_(comm)
+    {
+    }
+
+    /// The features that this rank holds, earlier runs' included; nothing when a stop was requested. Collective.
+    std::optional<Features> run()
+    {
+        WorkQueue queue(comm_, hand_out_order(), {});
+        run_queue(comm_, queue, "outputs of the decoder", [&](WorkQueue& work) {
+            auto shown = std::chrono::steady_clock::now();
+            while (const auto row = work.next()) {
+                compute(*row);
+                show_progress(shown);
+                if (stop_wanted() && !work.stopped())
+                    work.stop();
+            }
+            journal_.sync();
+        });
+        agree(comm_, "journal of the outputs", [&] {
+            for (const Journal::Record& record : journal_.recovered()) {
+                PayloadReader reader(record.payload);
+                const auto values = reader.array<float>();
+                features_.rows.push_back(record.row);
+                features_.values.insert(features_.values.end(), values.begin(), values.end());
+            }
+        });
+        const auto held = all_reduce_value(comm_, static_cast<std::int64_t>(features_.rows.size()), ReduceOp::sum, "rows with outputs");
+        return held == rows_.size() ? std::optional(std::move(features_)) : std::nullopt;
+    }
+
+  private:
+    std::vector<std::int64_t> hand_out_order() const
+    {
+        std::vector<std::pair<std::int64_t, std::int64_t>> order; // (-bytes, row): longest first
+        for (std::int64_t row = 0; row < rows_.size(); ++row) {
+            const std::int64_t i = rows_.range.begin + row;
+            if (!journal_.is_done(row))
+                order.emplace_back(-(rows_.prefs->message_bytes(i) + rows_.prefs->chosen_bytes(i) + rows_.prefs->rejected_bytes(i)), row);
+        }
+        std::sort(order.begin(), order.end());
+        std::vector<std::int64_t> items;
+        for (const auto& [bytes, row] : order)
+            items.push_back(row);
+        return items;
+    }
+
+    void compute(std::int64_t row)
+    {
+        const PackedRow packed = rows_.encode(encoder_, row);
+        PackedBatch batch;
+        batch.add_last_token(packed.trunk, packed.branches);
+        const auto hidden = static_cast<std::size_t>(model_.config().hidden);
+        const auto pass = model_.decoder().forward(batch, false);
+        std::vector<float> h(static_cast<std::size_t>(batch.branches) * hidden);
+        SELM_EXPECT(pass->hidden().dtype == DType::f32);
+        model_.engine().copy_to_host(pass->hidden(), h.data());
+        const float* best = h.data() + static_cast<std::size_t>(packed.branch_of[chosen]) * hidden;
+        const float* worst = h.data() + static_cast<std::size_t>(packed.branch_of[rejected]) * hidden;
+        std::vector<float> difference(hidden);
+        for (std::size_t j = 0; j < hidden; ++j)
+            difference[j] = best[j] - worst[j];
+        PayloadWriter payload;
+        payload.array(std::span<const float>(difference));
+        journal_.append(row, payload.bytes());
+        features_.rows.push_back(row);
+        features_.values.insert(features_.values.end(), difference.begin(), difference.end());
+    }
+
+    void show_progress(std::chrono::steady_clock::time_point& shown) const
+    {
+        const auto now = std::chrono::steady_clock::now();
+        if (options_.common.progress == "off" || now - shown < std::chrono::seconds(10))
+            return;
+        shown = now;
+        SELM_LOG(info, "train: outputs of the decoder for " << features_.rows.size() << " rows on rank 0 of " << rows_.size() << " in all");
+    }
+
+    bool stop_wanted() const
+    {
+        return stop_signal_received() || (comm_.is_root() && !options_.stop_file.empty() && std::filesystem::exists(options_.stop_file));
+    }
+
+    const TrainOptions& options_;
+    const Rows& rows_;
+    const RowEncoder& encoder_;
+    SharedModel& model_;
+    Journal& journal_;
+    Communicator& comm_;
+    Features features_;
+};
+
+/// All rows' features on every rank, in order of rows.
+std::vector<float> gather_features(const Features& mine, std::int64_t rows, std::size_t hidden, Communicator& comm)
+{
+    std::vector<float> all(static_cast<std::size_t>(rows) * hidden);
+    const auto keys = comm.all_gather_ragged(std::as_bytes(std::span(mine.rows)), "rows of the outputs");
+    const auto values = comm.all_gather_ragged(std::as_bytes(std::span(mine.values)), "outputs of the decoder");
+    for (std::size_t rank = 0; rank < keys.size(); ++rank)
+        for (std::size_t i = 0; i < keys[rank].size() / sizeof(std::int64_t); ++i) {
+            std::int64_t row = 0;
+            std::memcpy(&row, keys[rank].data() + i * sizeof row, sizeof row);
+            std::memcpy(all.data() + static_cast<std::size_t>(row) * hidden, values[rank].data() + i * hidden * sizeof(float),
+                        hidden * sizeof(float));
+        }
+    return all;
+}
+
+/// s [H]; 1 where all rows agree (their feature is 0 and teaches nothing).
+std::vector<float> feature_scale(const std::vector<float>& features, std::size_t hidden)
+{
+    std::vector<double> squares(hidden, 0.0);
+    for (std::size_t i = 0; i < features.size(); ++i)
+        squares[i % hidden] += static_cast<double>(features[i]) * static_cast<double>(features[i]);
+    std::vector<float> scale(hidden, 1.0F);
+    for (std::size_t j = 0; j < hidden; ++j)
+        if (squares[j] > 0)
+            scale[j] = static_cast<float>(std::sqrt(squares[j] * static_cast<double>(hidden) / static_cast<double>(features.size())));
+    return scale;
+}
+
 /**
  * @brief The head alone on a frozen decoder. A row is the difference of its two outputs, d = h_chosen - h_rejected, computed
  * once. Trained is v = w * s, with s_j the root mean square of d_j over all rows (so that every coordinate moves at the
@@ -180,14 +313,39 @@ class RewardModelObjective final : public TrainingObjective {
  */
 class RewardHeadObjective final : public TrainingObjective {
   public:
-    RewardHeadObjective(const TrainOptions& options, DecoderConfig config, Rows rows, std::vector<float> features,
-                        std::vector<float> scale, std::vector<float> start, std::string engine, std::int64_t engine_bytes)
-        : policy_(options.policy), save_dtype_(save_dtype(options)), config_(std::move(config)), rows_(std::move(rows)),
-          features_(std::move(features)), scale_(std::move(scale)), start_(std::move(start)), engine_(std::move(engine)),
-          engine_bytes_(engine_bytes)
+    RewardHeadObjective(const TrainOptions& options, Rows rows)
+        : options_(options), save_dtype_(save_dtype(options)), config_(reward_config(options.policy)), rows_(std::move(rows))
     {
         parameters_ = {decoder_parameters(config_).at(static_cast<std::size_t>(ParameterIndex::head(config_)))};
     }
+
+    bool prepare(Communicator& comm) override
+    {
+        const auto model = SharedModel::from_directory(options_.policy, options_.common, comm, rows_.model_digest);
+        const auto hidden = static_cast<std::size_t>(config_.hidden);
+        start_.assign(hidden, 0.0F);
+        std::optional<RowEncoder> encoder;
+        agree(comm, "reading the tokenizer and head", [&] {
+            encoder.emplace(options_.policy, options_.encoding, model->config());
+            const SafetensorsReader reader(options_.policy);
+            if (reader.has("score.weight"))
+                reader.read_f32("score.weight", {1, config_.hidden}, 0, start_);
+            if (comm.is_root() && options_.resume == "never")
+                Journal::remove_leftover(journal_of());
+        });
+        journal_ = std::make_unique<Journal>(journal_of(), journal_binding(*model, *encoder), comm);
+        const auto mine = FeaturePass(options_, rows_, *encoder, *model, *journal_, comm).run();
+        if (!mine)
+            return false;
+        features_ = gather_features(*mine, rows_.size(), hidden, comm);
+        scale_ = feature_scale(features_, hidden);
+        for (std::size_t i = 0; i < features_.size(); ++i)
+            features_[i] /= scale_[i % hidden];
+        engine_ = model->engine().description();
+        engine_bytes_ = model->engine().peak_allocated_bytes();
+        return true;
+    }
+    void finish(Communicator&) override { journal_->remove(); }
 
     std::int64_t rows() const override { return rows_.size(); }
     std::int64_t cost(std::int64_t) const override { return 1; }
@@ -230,8 +388,8 @@ class RewardHeadObjective final : public TrainingObjective {
 
     void write_model(const std::string& directory, const FlatBuffers&, std::span<const float> master) const override
     {
-        copy_trained_model_files(policy_, directory, save_dtype_, true);
-        const SafetensorsReader reader(policy_);
+        copy_trained_model_files(options_.policy, directory, save_dtype_, true);
+        const SafetensorsReader reader(options_.policy);
         const auto specs = decoder_parameters(config_);
         const std::int64_t head = ParameterIndex::head(config_);
         std::int64_t held = -1;
@@ -255,120 +413,28 @@ class RewardHeadObjective final : public TrainingObjective {
     }
 
   private:
-    std::string policy_;
+    std::string journal_of() const { return options_.output + "/outputs"; }
+    JournalBinding journal_binding(const SharedModel& model, const RowEncoder& encoder) const
+    {
+        JournalBinding binding = rows_.binding();
+        binding.emplace_back("engine", model.engine_key());
+        binding.emplace_back("encoding", cat(options_.encoding.encoding, " ", encoder.format_name(), " ", options_.encoding.max_length, " ",
+                                             options_.encoding.max_prompt_length));
+        return binding;
+    }
+
+    TrainOptions options_;
     DType save_dtype_;
     DecoderConfig config_;
     Rows rows_;
     std::vector<ParameterSpec> parameters_;
-    std::vector<float> features_; ///< d / s [rows, H]
-    std::vector<float> scale_; ///< s [H]
-    std::vector<float> start_; ///< w to start from [H]
+    std::unique_ptr<Journal> journal_;
+    std::vector<float> features_; ///< d / s [rows, H], the same on every rank
+    std::vector<float> scale_;    ///< s [H]
+    std::vector<float> start_;    ///< w to start from [H]
     std::string engine_;
-    std::int64_t engine_bytes_;
+    std::int64_t engine_bytes_ = 0;
 };
-
-/// d = h_chosen - h_rejected of some rows, computed as the queue hands them out.
-struct Features {
-    std::vector<std::int64_t> rows;
-    std::vector<float> values; ///< [rows, H]
-};
-
-Features compute_features(const TrainOptions& options, const Rows& rows, const RowEncoder& encoder, SharedModel& model, Communicator& comm)
-{
-    std::vector<std::pair<std::int64_t, std::int64_t>> order;
-    for (std::int64_t row = 0; row < rows.size(); ++row) {
-        const std::int64_t i = rows.range.begin + row;
-        order.emplace_back(-(rows.prefs->message_bytes(i) + rows.prefs->chosen_bytes(i) + rows.prefs->rejected_bytes(i)), row);
-    }
-    std::sort(order.begin(), order.end());
-    std::vector<std::int64_t> items;
-    for (const auto& [bytes, row] : order)
-        items.push_back(row);
-
-    Features features;
-    const auto hidden = static_cast<std::size_t>(model.config().hidden);
-    WorkQueue queue(comm, std::move(items), {});
-    run_queue(comm, queue, "outputs of the decoder", [&](WorkQueue& work) {
-        std::int64_t done = 0;
-        auto shown = std::chrono::steady_clock::now();
-        while (const auto row = work.next()) {
-            const PackedRow packed = rows.encode(encoder, *row);
-            PackedBatch batch;
-            batch.add_last_token(packed.trunk, packed.branches);
-            const auto pass = model.decoder().forward(batch, false);
-            std::vector<float> h(static_cast<std::size_t>(batch.branches) * hidden);
-            SELM_EXPECT(pass->hidden().dtype == DType::f32);
-            model.engine().copy_to_host(pass->hidden(), h.data());
-            features.rows.push_back(*row);
-            const float* best = h.data() + static_cast<std::size_t>(packed.branch_of[chosen]) * hidden;
-            const float* worst = h.data() + static_cast<std::size_t>(packed.branch_of[rejected]) * hidden;
-            for (std::size_t j = 0; j < hidden; ++j)
-                features.values.push_back(best[j] - worst[j]);
-            ++done;
-            const auto now = std::chrono::steady_clock::now();
-            if (options.common.progress != "off" && now - shown > std::chrono::seconds(10)) {
-                shown = now;
-                SELM_LOG(info, "train: outputs of the decoder for " << done << " rows on rank 0 of " << rows.size() << " in all");
-            }
-        }
-    });
-    return features;
-}
-
-/// All rows' features on every rank, in order of rows.
-std::vector<float> gather_features(const Features& mine, std::int64_t rows, std::size_t hidden, Communicator& comm)
-{
-    std::vector<float> all(static_cast<std::size_t>(rows) * hidden);
-    const auto keys = comm.all_gather_ragged(std::as_bytes(std::span(mine.rows)), "rows of the outputs");
-    const auto values = comm.all_gather_ragged(std::as_bytes(std::span(mine.values)), "outputs of the decoder");
-    for (std::size_t rank = 0; rank < keys.size(); ++rank)
-        for (std::size_t i = 0; i < keys[rank].size() / sizeof(std::int64_t); ++i) {
-            std::int64_t row = 0;
-            std::memcpy(&row, keys[rank].data() + i * sizeof row, sizeof row);
-            std::memcpy(all.data() + static_cast<std::size_t>(row) * hidden, values[rank].data() + i * hidden * sizeof(float),
-                        hidden * sizeof(float));
-        }
-    return all;
-}
-
-/// s [H]; 1 where all rows agree (their feature is 0 and teaches nothing).
-std::vector<float> feature_scale(const std::vector<float>& features, std::size_t hidden)
-{
-    std::vector<double> squares(hidden, 0.0);
-    for (std::size_t i = 0; i < features.size(); ++i)
-        squares[i % hidden] += static_cast<double>(features[i]) * static_cast<double>(features[i]);
-    std::vector<float> scale(hidden, 1.0F);
-    for (std::size_t j = 0; j < hidden; ++j)
-        if (squares[j] > 0)
-            scale[j] = static_cast<float>(std::sqrt(squares[j] * static_cast<double>(hidden) / static_cast<double>(features.size())));
-    return scale;
-}
-
-std::unique_ptr<TrainingObjective> make_head_objective(const TrainOptions& options, Rows rows, Communicator& comm)
-{
-    const auto model = SharedModel::from_directory(options.policy, options.common, comm, rows.model_digest);
-    std::optional<RowEncoder> encoder;
-    const DecoderConfig config = [&] {
-        DecoderConfig made = model->config();
-        made.sequence_classifier = true;
-        return made;
-    }();
-    const auto hidden = static_cast<std::size_t>(config.hidden);
-    std::vector<float> start(hidden, 0.0F);
-    agree(comm, "reading the tokenizer and head", [&] {
-        encoder.emplace(options.policy, options.encoding, model->config());
-        const SafetensorsReader reader(options.policy);
-        if (reader.has("score.weight"))
-            reader.read_f32("score.weight", {1, config.hidden}, 0, start);
-    });
-    const Features mine = compute_features(options, rows, *encoder, *model, comm);
-    std::vector<float> features = gather_features(mine, rows.size(), hidden, comm);
-    std::vector<float> scale = feature_scale(features, hidden);
-    for (std::size_t i = 0; i < features.size(); ++i)
-        features[i] /= scale[i % hidden];
-    return std::make_unique<RewardHeadObjective>(options, config, std::move(rows), std::move(features), std::move(scale),
-                                                 std::move(start), model->engine().description(), model->engine().peak_allocated_bytes());
-}
 
 } // namespace
 
@@ -400,8 +466,11 @@ RowRange RowRange::parse(const std::string& text, std::int64_t rows)
 std::unique_ptr<TrainingObjective> make_reward_objective(const TrainOptions& options, Communicator& comm)
 {
     Rows rows = open_rows(options, comm);
-    if (options.trainable == "head")
-        return make_head_objective(options, std::move(rows), comm);
+    if (options.trainable == "head") {
+        std::unique_ptr<TrainingObjective> head;
+        agree(comm, "opening the start model", [&] { head = std::make_unique<RewardHeadObjective>(options, std::move(rows)); });
+        return head;
+    }
     std::unique_ptr<DecoderTrainer> model;
     std::optional<RowEncoder> encoder;
     agree(comm, "opening the start model", [&] {

@@ -77,10 +77,19 @@ TrainReport run_train(const TrainOptions& options, Communicator& comm)
         return report;
     }
     output.claim();
+    if (!parts.objective->prepare(comm)) {
+        SELM_LOG(info, "stopped before the first step; what is done is saved. Run the same command again to go on");
+        TrainReport report;
+        report.outcome = Outcome::stopped;
+        report.rows = parts.objective->rows();
+        return report;
+    }
     TrainingLoop loop(options, parts.iteration, parts.learning_rate, *parts.objective, output, binding, comm);
     TrainReport report = loop.run();
-    if (report.outcome == Outcome::done)
+    if (report.outcome == Outcome::done) {
         loop.publish(report);
+        parts.objective->finish(comm);
+    }
     return report;
 }
 

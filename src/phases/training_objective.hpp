@@ -9,6 +9,7 @@
 
 #include <nlohmann/json.hpp>
 
+#include "selm/comm/communicator.hpp"
 #include "selm/kernels/tensor.hpp"
 #include "selm/model/decoder_config.hpp"
 #include "selm/shard/checkpoint.hpp"
@@ -55,7 +56,7 @@ struct FlatBuffers {
  * @brief What is trained: rows, a loss of a row and its gradient. The loop around it (batches, optimizer, checkpoints,
  * metrics) is the same for all.
  *
- * Constructors are collective; the members are not (unless said).
+ * Making one is collective; the members are not (unless said).
  */
 class TrainingObjective {
   public:
@@ -67,6 +68,11 @@ class TrainingObjective {
     virtual std::vector<ParameterSpec> parameters() const = 0;
     /// What a checkpoint is bound to besides the options.
     virtual CheckpointBinding binding() const = 0;
+
+    /// Long work before the first step. Collective. false: a stop was requested; what is done is saved.
+    virtual bool prepare(Communicator&) { return true; }
+    /// Tidies up once the model is published. Collective.
+    virtual void finish(Communicator&) {}
 
     /// Fills this rank's part of the start weights.
     virtual void initialise(const FlatBuffers& flat, ShardInfo shard, std::span<float> master) const = 0;

@@ -177,7 +177,8 @@ def test_gradient_at_a_policy_that_differs_from_the_reference(case, start_log_pr
     assert moved > 0
     loss, expected = reference.gradient(model, case.encoding(), case.rows, start_log_probs, ALPHA, BETA)
     line = json.loads((output / "metrics.jsonl").read_text().splitlines()[1])
-    assert line["loss"] == pytest.approx(loss, rel=1e-5)
+    # beta times sums of about 100 that agree to 1e-6 or so, and terms that cancel.
+    assert line["loss"] == pytest.approx(loss, abs=2e-5)
     assert abs(line["rewards/margins"]) > 1e-3  # the policy really differs
     assert found.keys() == expected.keys()
     errors = {name: ((found[name] - expected[name]).double().norm() / expected[name].double().norm()).item() for name in expected}
@@ -195,7 +196,7 @@ def test_five_steps(case, trained, start_log_probs):
     model = reference.load(case.model)
     expected_losses = reference.train(model, case.encoding(), [case.rows] * 5, ALPHA, BETA, RATE, [start_log_probs] * 5)
     assert losses[0] == pytest.approx(np.log(2), abs=1e-12)
-    assert losses == pytest.approx(expected_losses, rel=1e-3)
+    assert losses == pytest.approx(expected_losses, abs=1e-3)
     assert losses[-1] < losses[0] - 0.01
     ours = dict(reference.load(output).named_parameters())
     errors = {}

@@ -361,6 +361,25 @@ TEST_F(TrainReward, HeadAloneLeavesTheDecoderAndDoesNotDependOnRanks)
     EXPECT_LE(std::sqrt(difference / norm), 1e-3);
 }
 
+TEST_F(TrainReward, OutputsOfTheDecoderAreKeptWhenStopped)
+{
+    train_options_.trainable = "head";
+    together(train_options_);
+    TrainOptions options = train_options_;
+    options.output = path("parts");
+    options.stop_file = path("STOP");
+    on_root([&] { write_file_atomically(path("STOP"), ""); });
+    const TrainReport stopped = together(options);
+    EXPECT_EQ(stopped.outcome, Outcome::stopped);
+    EXPECT_EQ(stopped.steps, 0);
+    EXPECT_TRUE(fs::exists(path("parts/outputs.journal")));
+    options.stop_file.clear();
+    EXPECT_EQ(together(options).outcome, Outcome::done);
+    on_root([&] { EXPECT_FALSE(fs::exists(path("parts/outputs.journal"))); });
+    EXPECT_EQ(weights("parts"), weights("reward"));
+    EXPECT_EQ(together(options).outcome, Outcome::already_complete);
+}
+
 TEST_F(TrainReward, RowsSelectAndBadRangesAreRefused)
 {
     train_options_.rows = "2:7";
