@@ -24,6 +24,7 @@ void install_stop_handlers()
     action.sa_flags = SA_RESTART; // a checkpoint's write must not fail with EINTR
     for (const int signal_number : {SIGTERM, SIGUSR1, SIGINT})
         sigaction(signal_number, &action, nullptr);
+    std::signal(SIGXFSZ, SIG_IGN); // a write beyond a file-size limit fails (exit code 74) instead of killing the rank
 }
 
 bool stop_signal_received() noexcept
