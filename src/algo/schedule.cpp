@@ -43,8 +43,10 @@ double learning_rate(Schedule schedule, double peak, std::int64_t step, std::int
         const double progress = static_cast<double>(step - warmup) / decay_steps;
         return peak * std::max(0.0, 0.5 * (1 + std::cos(std::numbers::pi * progress)));
     }
-    case Schedule::linear: return peak * std::max(0.0, static_cast<double>(steps - step) / decay_steps);
-    case Schedule::constant: break;
+    case Schedule::linear:
+        return peak * std::max(0.0, static_cast<double>(steps - step) / decay_steps);
+    case Schedule::constant:
+        break;
     }
     return peak;
 }
@@ -53,8 +55,8 @@ PortionRange portion_range(std::int64_t rows, std::int64_t portion, std::int64_t
 {
     SELM_VALIDATE(portions >= 1, ExitCode::usage, "--portions " << portions << " is too small. Use 1 or more");
     SELM_VALIDATE(portion >= 1 && portion <= portions, ExitCode::usage,
-                  "portion " << portion << " does not exist (the data are cut into " << portions << "). Pass --portion 1.."
-                             << portions);
+                  "portion " << portion << " does not exist (the data are cut into " << portions
+                             << "). Pass --portion 1.." << portions);
     const std::int64_t size = rows / portions;
     return {(portion - 1) * size, portion * size};
 }
@@ -65,7 +67,8 @@ std::int64_t steps_per_epoch(std::int64_t rows, std::int64_t global_batch)
     return rows == 0 ? 0 : std::max<std::int64_t>(1, rows / global_batch);
 }
 
-std::vector<std::int64_t> epoch_order(std::int64_t rows, std::uint64_t seed, std::int64_t iteration, std::int64_t epoch, bool shuffle)
+std::vector<std::int64_t> epoch_order(std::int64_t rows, std::uint64_t seed, std::int64_t iteration, std::int64_t epoch,
+                                      bool shuffle)
 {
     SELM_EXPECT(rows >= 0 && iteration >= 0 && epoch >= 0);
     std::vector<std::int64_t> order(static_cast<std::size_t>(rows));

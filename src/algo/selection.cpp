@@ -36,9 +36,10 @@ PairChoice replace_pair(const std::array<double, 3>& scores)
     const double score_chosen = scores[1];
     if (std::isnan(score_generated))
         return {chosen, rejected}; // nothing was generated: the row keeps its own pair
-    SELM_VALIDATE(!std::isnan(score_chosen), ExitCode::bad_data,
-                  "the chosen answer of a row has no score (the update rule 'replace' compares it with the generated one). "
-                  "Check the ranker's scores");
+    SELM_VALIDATE(
+        !std::isnan(score_chosen), ExitCode::bad_data,
+        "the chosen answer of a row has no score (the update rule 'replace' compares it with the generated one). "
+        "Check the ranker's scores");
     return score_generated > score_chosen ? PairChoice{generated, rejected} : PairChoice{chosen, generated};
 }
 
@@ -58,9 +59,12 @@ UpdateRule parse_update_rule(const std::string& word)
 PairChoice choose_pair(const std::array<double, 3>& scores, UpdateRule rule)
 {
     switch (rule) {
-    case UpdateRule::best_worst: return best_and_worst(scores);
-    case UpdateRule::replace: return replace_pair(scores);
-    case UpdateRule::offline: break;
+    case UpdateRule::best_worst:
+        return best_and_worst(scores);
+    case UpdateRule::replace:
+        return replace_pair(scores);
+    case UpdateRule::offline:
+        break;
     }
     return {chosen, rejected};
 }

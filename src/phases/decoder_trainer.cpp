@@ -15,7 +15,10 @@ namespace selm {
 class DecoderTrainer::FlatSink final : public GradientSink {
   public:
     explicit FlatSink(FlatBuffers& flat) : flat_(flat) {}
-    Tensor gradient(std::int64_t parameter) override { return flat_.view(flat_.gradient, static_cast<std::size_t>(parameter)); }
+    Tensor gradient(std::int64_t parameter) override
+    {
+        return flat_.view(flat_.gradient, static_cast<std::size_t>(parameter));
+    }
     void ready(std::int64_t) override {} // the reduction starts when all microbatches are done
 
   private:
@@ -42,12 +45,16 @@ void copy_trained_model_files(const std::string& from, const std::string& to, DT
 }
 
 DecoderTrainer::DecoderTrainer(const TrainOptions& options, bool reward)
-    : directory_(options.policy), config_(reward ? reward_config(options.policy) : DecoderConfig::from_directory(options.policy)),
+    : directory_(options.policy),
+      config_(reward ? reward_config(options.policy) : DecoderConfig::from_directory(options.policy)),
       dtype_(parse_dtype(options.common.dtype)), reader_(options.policy),
-      engine_(make_engine({.engine = options.common.engine, .device = Device::cpu, .threads = static_cast<int>(options.common.threads)}))
+      engine_(make_engine({.engine = options.common.engine,
+                           .device = Device::cpu,
+                           .threads = static_cast<int>(options.common.threads)}))
 {
-    SELM_VALIDATE(reward || !config_.sequence_classifier, ExitCode::configuration,
-                  options.policy << " is a reward model (it has no language-model head). Pass --policy a causal language model");
+    SELM_VALIDATE(
+        reward || !config_.sequence_classifier, ExitCode::configuration,
+        options.policy << " is a reward model (it has no language-model head). Pass --policy a causal language model");
 }
 
 DecoderTrainer::~DecoderTrainer() = default;
@@ -85,8 +92,8 @@ void DecoderTrainer::write_model(const std::string& directory, const FlatBuffers
 {
     copy_trained_model_files(directory_, directory, dtype, config_.sequence_classifier);
     const auto read = [&](std::int64_t parameter, std::int64_t begin, std::span<float> out) {
-        const auto from = master.subspan(flat.layout.offset(static_cast<std::size_t>(parameter)) + static_cast<std::size_t>(begin),
-                                         out.size());
+        const auto from = master.subspan(
+            flat.layout.offset(static_cast<std::size_t>(parameter)) + static_cast<std::size_t>(begin), out.size());
         std::copy(from.begin(), from.end(), out.begin());
     };
     write_model_weights(directory, config_, ParameterReader(read), dtype);

@@ -11,7 +11,8 @@
 
 namespace selm {
 
-/// The decoder whose weights are all trained: engine, packed weights of the flat buffer, gradients into the flat buffer.
+/// The decoder whose weights are all trained: engine, packed weights of the flat buffer, gradients into the flat
+/// buffer.
 class DecoderTrainer {
   public:
     /// Reads config.json, checks the weight files, makes the engine. Not collective.
@@ -27,7 +28,8 @@ class DecoderTrainer {
     /// From the start directory; a score head that it does not have starts at zero (so the first loss is log 2).
     void initialise(const FlatBuffers& flat, ShardInfo shard, std::span<float> master) const;
     void refresh(FlatBuffers& flat);
-    void write_model(const std::string& directory, const FlatBuffers& flat, std::span<const float> master, DType dtype) const;
+    void write_model(const std::string& directory, const FlatBuffers& flat, std::span<const float> master,
+                     DType dtype) const;
 
   private:
     class FlatSink;

@@ -52,9 +52,10 @@ Input open_input(const LogProbOptions& options, Communicator& comm)
     agree(comm, "opening the rows", [&] {
         input.reader = std::make_unique<IterationReader>(options.iter);
         input.pairs = input.reader->pairs();
-        SELM_VALIDATE(input.pairs.update_rule != "none", ExitCode::bad_data,
-                      options.iter << " was ranked with --generated-only on (held-out answers have no pairs to learn from). "
-                                      "Rank it without --generated-only first");
+        SELM_VALIDATE(
+            input.pairs.update_rule != "none", ExitCode::bad_data,
+            options.iter << " was ranked with --generated-only on (held-out answers have no pairs to learn from). "
+                            "Rank it without --generated-only first");
     });
     input.pairs_digest = root_string(comm, "digest of the pairs", [&] { return input.reader->pairs_digest(); });
     input.model_digest = root_string(comm, "digest of the model", [&] { return model_digest(options.model); });
@@ -87,8 +88,13 @@ bool same_values(const LogProbAttributes& a, const LogProbAttributes& b)
 
 JournalBinding journal_binding(const LogProbAttributes& a)
 {
-    return {{"model", a.digest}, {"engine", a.engine}, {"encoding", a.encoding}, {"chat format", a.chat_format},
-            {"dtype", a.dtype}, {"pairs", a.pairs_digest}, {"max-length", std::to_string(a.max_length)},
+    return {{"model", a.digest},
+            {"engine", a.engine},
+            {"encoding", a.encoding},
+            {"chat format", a.chat_format},
+            {"dtype", a.dtype},
+            {"pairs", a.pairs_digest},
+            {"max-length", std::to_string(a.max_length)},
             {"max-prompt-length", std::to_string(a.max_prompt_length)}};
 }
 
@@ -127,10 +133,11 @@ std::vector<std::int64_t> hand_out_order(const Input& input, const Journal& jour
 /// This rank's share of the rows.
 class Scorer {
   public:
-    Scorer(const LogProbOptions& options, const Input& input, const RowEncoder& encoder, SharedModel& model, Journal& journal,
-           ProgressReporter& progress, Communicator& comm)
-        : options_(options), input_(input), encoder_(encoder), model_(model), journal_(journal), progress_(progress), comm_(comm),
-          budget_(model.engine().row_invariant() ? options.tokens_per_microbatch : 1) // rows alone give the same bits anywhere
+    Scorer(const LogProbOptions& options, const Input& input, const RowEncoder& encoder, SharedModel& model,
+           Journal& journal, ProgressReporter& progress, Communicator& comm)
+        : options_(options), input_(input), encoder_(encoder), model_(model), journal_(journal), progress_(progress),
+          comm_(comm), budget_(model.engine().row_invariant() ? options.tokens_per_microbatch
+                                                              : 1) // rows alone give the same bits anywhere
     {
     }
 
@@ -207,10 +214,11 @@ class Scorer {
             const auto branch = static_cast<std::size_t>(row.branch_of[c]);
             out.sum[c] = sums[first_branch + branch];
             out.tokens[c] = static_cast<std::int32_t>(row.branches[branch].tokens.size());
-            SELM_VALIDATE(std::isfinite(out.sum[c]), ExitCode::bad_data,
-                          options_.iter << " row " << row.position << " (prompt_id \"" << input_.reader->id(row.position)
-                                        << "\"): its log-prob is not finite (training would break). Check the weights of "
-                                        << options_.model << ", or use --dtype fp32");
+            SELM_VALIDATE(
+                std::isfinite(out.sum[c]), ExitCode::bad_data,
+                options_.iter << " row " << row.position << " (prompt_id \"" << input_.reader->id(row.position)
+                              << "\"): its log-prob is not finite (training would break). Check the weights of "
+                              << options_.model << ", or use --dtype fp32");
         }
         journal_.append(out.position, to_payload(out));
         done_.push_back(out);
@@ -244,7 +252,8 @@ class Scorer {
 };
 
 void write_output(const LogProbOptions& options, const Input& input, const std::vector<RowLogProbSums>& mine,
-                  const LogProbAttributes& attributes, const RankTiming& timing, const std::string& engine, Communicator& comm)
+                  const LogProbAttributes& attributes, const RankTiming& timing, const std::string& engine,
+                  Communicator& comm)
 {
     const std::string phase = "logprob_" + options.name;
     update_iteration(options.iter, comm, "", {"/logprobs/" + options.name, "/timing/" + phase, "/provenance/" + phase},
@@ -256,7 +265,8 @@ void write_output(const LogProbOptions& options, const Input& input, const std::
 }
 
 /// True when the file holds these very log-probs. Collective over comm.
-bool already_there(const LogProbOptions& options, const Input& input, const LogProbAttributes& attributes, Communicator& comm)
+bool already_there(const LogProbOptions& options, const Input& input, const LogProbAttributes& attributes,
+                   Communicator& comm)
 {
     bool same = false;
     agree(comm, "existing log-probs", [&] {
@@ -264,8 +274,10 @@ bool already_there(const LogProbOptions& options, const Input& input, const LogP
             return;
         same = same_values(input.reader->logprobs(options.name).attributes, attributes);
         if (!same)
-            SELM_LOG(info, options.iter << " has log-probs '" << options.name
-                                        << "' made with another model, encoding, dtype, engine or other pairs; they are replaced");
+            SELM_LOG(
+                info,
+                options.iter << " has log-probs '" << options.name
+                             << "' made with another model, encoding, dtype, engine or other pairs; they are replaced");
     });
     return same;
 }
@@ -279,8 +291,10 @@ void LogProbOptions::describe(OptionVisitor& visitor)
     visitor.option("logp", "iter", iter, "iter.h5 with /pairs", OptionRole::operational);
     visitor.option("logp", "model", model, "Hugging Face model directory that scores", OptionRole::operational);
     visitor.option("logp", "name", name, "group under /logprobs", OptionRole::recipe);
-    visitor.option("logp", "tokens-per-microbatch", tokens_per_microbatch, "packed tokens computed together", OptionRole::operational);
-    visitor.option("logp", "stop-file", stop_file, "stop, with everything saved, when this file appears", OptionRole::operational);
+    visitor.option("logp", "tokens-per-microbatch", tokens_per_microbatch, "packed tokens computed together",
+                   OptionRole::operational);
+    visitor.option("logp", "stop-file", stop_file, "stop, with everything saved, when this file appears",
+                   OptionRole::operational);
 }
 
 void LogProbOptions::validate() const
@@ -308,8 +322,10 @@ LogProbReport run_logprob(const LogProbOptions& options, Communicator& comm)
     const auto model = SharedModel::from_directory(options.model, options.common, comm, input.model_digest);
     std::optional<RowEncoder> encoder;
     agree(comm, "reading the tokenizer", [&] {
-        SELM_VALIDATE(!model->config().sequence_classifier, ExitCode::configuration,
-                      options.model << " is a reward model (it has no language-model head). Pass --model a causal language model");
+        SELM_VALIDATE(
+            !model->config().sequence_classifier, ExitCode::configuration,
+            options.model
+                << " is a reward model (it has no language-model head). Pass --model a causal language model");
         encoder.emplace(options.model, options.encoding, model->config());
     });
     const LogProbAttributes attributes = attributes_of(options, input, model->engine().name(), encoder->format_name());
@@ -326,15 +342,20 @@ LogProbReport run_logprob(const LogProbOptions& options, Communicator& comm)
 
     Journal journal(journal_of, journal_binding(attributes), comm);
     report.resumed_rows = static_cast<std::int64_t>(journal.done_rows().size());
-    ProgressReporter progress(comm, {.mode = options.common.progress, .label = "log-probs", .total = report.rows,
-                                     .done_before = report.resumed_rows, .tag = progress_tag});
+    ProgressReporter progress(comm, {.mode = options.common.progress,
+                                     .label = "log-probs",
+                                     .total = report.rows,
+                                     .done_before = report.resumed_rows,
+                                     .tag = progress_tag});
     Scorer scorer(options, input, *encoder, *model, journal, progress, comm);
     std::vector<std::int64_t> items;
     agree(comm, "order of the rows", [&] { items = hand_out_order(input, journal); });
     const Clock::time_point work_start = Clock::now();
-    WorkQueue queue(comm, items, {.tag = queue_tag,
-                                  .initial_per_rank = initial_share(static_cast<std::int64_t>(items.size()), comm.size(), rows_ahead),
-                                  .prefetch = rows_ahead});
+    WorkQueue queue(
+        comm, items,
+        {.tag = queue_tag,
+         .initial_per_rank = initial_share(static_cast<std::int64_t>(items.size()), comm.size(), rows_ahead),
+         .prefetch = rows_ahead});
     run_queue(comm, queue, "log-probs", [&](WorkQueue& work) { scorer.run(work); });
     progress.finish();
 

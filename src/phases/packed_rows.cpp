@@ -98,20 +98,23 @@ std::vector<std::vector<std::size_t>> balance_rows(std::span<const std::int64_t>
 }
 
 RowEncoder::RowEncoder(const std::string& directory, const EncodingOptions& options, const DecoderConfig& config)
-    : tokenizer_(Tokenizer::from_directory(directory)), format_(chat_format(directory, options.chat_format, tokenizer_)),
-      limits_{options.max_length, options.max_prompt_length}, format_name_(format_.name())
+    : tokenizer_(Tokenizer::from_directory(directory)),
+      format_(chat_format(directory, options.chat_format, tokenizer_)), limits_{options.max_length,
+                                                                                options.max_prompt_length},
+      format_name_(format_.name())
 {
     SELM_VALIDATE(options.encoding == "chat", ExitCode::configuration,
                   "--encoding " << options.encoding << " is not built in this version. Use --encoding chat");
     limits_.validate();
     check_vocabulary(directory, tokenizer_.vocabulary_size(), config.vocabulary);
     SELM_VALIDATE(limits_.max_length <= config.max_positions, ExitCode::configuration,
-                  "--max-length " << limits_.max_length << " is beyond the context of " << directory << " (" << config.max_positions
-                                  << " tokens). Lower it");
+                  "--max-length " << limits_.max_length << " is beyond the context of " << directory << " ("
+                                  << config.max_positions << " tokens). Lower it");
 }
 
-EncodedRow RowEncoder::encode_texts(std::span<const Message> messages,
-                                    const std::array<std::optional<std::string_view>, candidates_per_row>& answers) const
+EncodedRow
+RowEncoder::encode_texts(std::span<const Message> messages,
+                         const std::array<std::optional<std::string_view>, candidates_per_row>& answers) const
 {
     return encode_row_chat(tokenizer_, format_, messages, answers, limits_);
 }

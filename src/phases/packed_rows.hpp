@@ -17,7 +17,7 @@ namespace selm {
 
 /// A row as one packed pass computes it: the prompt once, each distinct answer once.
 struct PackedRow {
-    std::int64_t position = 0;           ///< index in the file it came from
+    std::int64_t position = 0; ///< index in the file it came from
     std::vector<std::int32_t> trunk;
     std::vector<Branch> branches;
     std::array<std::int32_t, candidates_per_row> branch_of{-1, -1, -1}; ///< by Candidate; -1: not computed
@@ -46,8 +46,8 @@ std::vector<std::vector<std::size_t>> balance_rows(std::span<const std::int64_t>
 /// Tokenizer, chat format and limits of a model directory: turns rows of the data files into packed rows.
 class RowEncoder {
   public:
-    /// @throws Error configuration: no tokenizer, an unknown format, vocabulary or lengths that the model cannot hold, an
-    /// encoding that is not built.
+    /// @throws Error configuration: no tokenizer, an unknown format, vocabulary or lengths that the model cannot hold,
+    /// an encoding that is not built.
     RowEncoder(const std::string& directory, const EncodingOptions& options, const DecoderConfig& config);
     const std::string& format_name() const { return format_name_; }
     PackedRow encode(const IterationReader& reader, std::int64_t position, const WantedCandidates& wanted) const;

@@ -39,8 +39,14 @@ struct Rows {
     std::vector<std::int64_t> costs;
 
     std::int64_t size() const { return range.end - range.begin; }
-    PackedRow encode(const RowEncoder& encoder, std::int64_t row) const { return encoder.encode(prefs->row(range.begin + row)); }
-    std::string name(std::int64_t row) const { return cat(range.begin + row, " (prompt_id \"", prefs->id(range.begin + row), "\")"); }
+    PackedRow encode(const RowEncoder& encoder, std::int64_t row) const
+    {
+        return encoder.encode(prefs->row(range.begin + row));
+    }
+    std::string name(std::int64_t row) const
+    {
+        return cat(range.begin + row, " (prompt_id \"", prefs->id(range.begin + row), "\")");
+    }
     CheckpointBinding binding() const
     {
         return {{"policy", model_digest}, {"preference data", data_digest}, {"rows", cat(range.begin, ":", range.end)}};
@@ -53,7 +59,8 @@ Rows open_rows(const TrainOptions& options, Communicator& comm)
     agree(comm, "opening the rows", [&] {
         rows.prefs = std::make_unique<PreferencesReader>(options.data);
         rows.range = RowRange::parse(options.rows, rows.prefs->rows());
-        SELM_VALIDATE(rows.size() > 0, ExitCode::bad_data, options.data << " has no rows there (there is nothing to train on). Check --rows");
+        SELM_VALIDATE(rows.size() > 0, ExitCode::bad_data,
+                      options.data << " has no rows there (there is nothing to train on). Check --rows");
     });
     rows.data_digest = root_string(comm, "digest of the rows", [&] { return rows.prefs->digest(); });
     rows.model_digest = root_string(comm, "digest of the start model", [&] { return model_digest(options.policy); });
@@ -71,8 +78,10 @@ void add_row(StepSums& sums, const BradleyTerryLoss& loss, double margin)
 /// All weights: one packed pass per row, the score is h . w at the last token of each answer.
 class RewardModelObjective final : public TrainingObjective {
   public:
-    RewardModelObjective(const TrainOptions& options, std::unique_ptr<DecoderTrainer> model, RowEncoder encoder, Rows rows)
-        : save_dtype_(save_dtype(options)), model_(std::move(model)), encoder_(std::move(encoder)), rows_(std::move(rows))
+    RewardModelObjective(const TrainOptions& options, std::unique_ptr<DecoderTrainer> model, RowEncoder encoder,
+                         Rows rows)
+        : save_dtype_(save_dtype(options)), model_(std::move(model)), encoder_(std::move(encoder)),
+          rows_(std::move(rows))
     {
     }
 
@@ -88,7 +97,8 @@ class RewardModelObjective final : public TrainingObjective {
     void refresh(FlatBuffers& flat) override { model_->refresh(flat); }
     std::int64_t engine_bytes() const override { return model_->engine().peak_allocated_bytes(); }
     std::string engine_description() const override { return model_->engine().description(); }
-    void write_model(const std::string& directory, const FlatBuffers& flat, std::span<const float> master) const override
+    void write_model(const std::string& directory, const FlatBuffers& flat,
+                     std::span<const float> master) const override
     {
         model_->write_model(directory, flat, master, save_dtype_);
     }
@@ -153,7 +163,8 @@ class RewardModelObjective final : public TrainingObjective {
     }
 
     /// d score / d h = w, d score / d w = h.
-    void backward(Decoder::Pass& pass, const std::vector<float>& h, const std::vector<double>& slopes, FlatBuffers& flat, std::size_t head)
+    void backward(Decoder::Pass& pass, const std::vector<float>& h, const std::vector<double>& slopes,
+                  FlatBuffers& flat, std::size_t head)
     {
         const auto hidden = static_cast<std::size_t>(model_->config().hidden);
         const float* w = flat.view(flat.compute, head).f32();
@@ -185,7 +196,8 @@ struct Features {
 /// Computes the features of rows that the journal does not have, as the queue hands them out.
 class FeaturePass {
   public:
-    FeaturePass(const TrainOptions& options, const Rows& rows, const RowEncoder& encoder, SharedModel& model, Journal& journal, Communicator& comm)
+    FeaturePass(const TrainOptions& options, const Rows& rows, const RowEncoder& encoder, SharedModel& model,
+                Journal& journal, Communicator& comm)
         : options_(options), rows_(rows), encoder_(encoder), model_(model), journal_(journal), comm_(comm)
     {
     }
@@ -212,7 +224,8 @@ class FeaturePass {
                 features_.values.insert(features_.values.end(), values.begin(), values.end());
             }
         });
-        const auto held = all_reduce_value(comm_, static_cast<std::int64_t>(features_.rows.size()), ReduceOp::sum, "rows with outputs");
+        const auto held = all_reduce_value(comm_, static_cast<std::int64_t>(features_.rows.size()), ReduceOp::sum,
+                                           "rows with outputs");
         return held == rows_.size() ? std::optional(std::move(features_)) : std::nullopt;
     }
 
@@ -223,7 +236,9 @@ class FeaturePass {
         for (std::int64_t row = 0; row < rows_.size(); ++row) {
             const std::int64_t i = rows_.range.begin + row;
             if (!journal_.is_done(row))
-                order.emplace_back(-(rows_.prefs->message_bytes(i) + rows_.prefs->chosen_bytes(i) + rows_.prefs->rejected_bytes(i)), row);
+                order.emplace_back(
+                    -(rows_.prefs->message_bytes(i) + rows_.prefs->chosen_bytes(i) + rows_.prefs->rejected_bytes(i)),
+                    row);
         }
         std::sort(order.begin(), order.end());
         std::vector<std::int64_t> items;
@@ -260,12 +275,14 @@ class FeaturePass {
         if (options_.common.progress == "off" || now - shown < std::chrono::seconds(10))
             return;
         shown = now;
-        SELM_LOG(info, "train: outputs of the decoder for " << features_.rows.size() << " rows on rank 0 of " << rows_.size() << " in all");
+        SELM_LOG(info, "train: outputs of the decoder for " << features_.rows.size() << " rows on rank 0 of "
+                                                            << rows_.size() << " in all");
     }
 
     bool stop_wanted() const
     {
-        return stop_signal_received() || (comm_.is_root() && !options_.stop_file.empty() && std::filesystem::exists(options_.stop_file));
+        return stop_signal_received() ||
+               (comm_.is_root() && !options_.stop_file.empty() && std::filesystem::exists(options_.stop_file));
     }
 
     const TrainOptions& options_;
@@ -287,8 +304,8 @@ std::vector<float> gather_features(const Features& mine, std::int64_t rows, std:
         for (std::size_t i = 0; i < keys[rank].size() / sizeof(std::int64_t); ++i) {
             std::int64_t row = 0;
             std::memcpy(&row, keys[rank].data() + i * sizeof row, sizeof row);
-            std::memcpy(all.data() + static_cast<std::size_t>(row) * hidden, values[rank].data() + i * hidden * sizeof(float),
-                        hidden * sizeof(float));
+            std::memcpy(all.data() + static_cast<std::size_t>(row) * hidden,
+                        values[rank].data() + i * hidden * sizeof(float), hidden * sizeof(float));
         }
     return all;
 }
@@ -302,19 +319,21 @@ std::vector<float> feature_scale(const std::vector<float>& features, std::size_t
     std::vector<float> scale(hidden, 1.0F);
     for (std::size_t j = 0; j < hidden; ++j)
         if (squares[j] > 0)
-            scale[j] = static_cast<float>(std::sqrt(squares[j] * static_cast<double>(hidden) / static_cast<double>(features.size())));
+            scale[j] = static_cast<float>(
+                std::sqrt(squares[j] * static_cast<double>(hidden) / static_cast<double>(features.size())));
     return scale;
 }
 
 /**
- * @brief The head alone on a frozen decoder. A row is the difference of its two outputs, d = h_chosen - h_rejected, computed
- * once. Trained is v = w * s, with s_j the root mean square of d_j over all rows (so that every coordinate moves at the
- * same pace): v . (d / s) = w . d exactly, and the saved head is w = v / s.
+ * @brief The head alone on a frozen decoder. A row is the difference of its two outputs, d = h_chosen - h_rejected,
+ * computed once. Trained is v = w * s, with s_j the root mean square of d_j over all rows (so that every coordinate
+ * moves at the same pace): v . (d / s) = w . d exactly, and the saved head is w = v / s.
  */
 class RewardHeadObjective final : public TrainingObjective {
   public:
     RewardHeadObjective(const TrainOptions& options, Rows rows)
-        : options_(options), save_dtype_(save_dtype(options)), config_(reward_config(options.policy)), rows_(std::move(rows))
+        : options_(options), save_dtype_(save_dtype(options)), config_(reward_config(options.policy)),
+          rows_(std::move(rows))
     {
         parameters_ = {decoder_parameters(config_).at(static_cast<std::size_t>(ParameterIndex::head(config_)))};
     }
@@ -394,7 +413,8 @@ class RewardHeadObjective final : public TrainingObjective {
         const std::int64_t head = ParameterIndex::head(config_);
         std::int64_t held = -1;
         std::vector<float> whole;
-        write_model_weights(directory, config_, ParameterReader([&](std::int64_t parameter, std::int64_t begin, std::span<float> out) {
+        write_model_weights(directory, config_,
+                            ParameterReader([&](std::int64_t parameter, std::int64_t begin, std::span<float> out) {
                                 const auto first = static_cast<std::size_t>(begin);
                                 if (parameter == head) {
                                     for (std::size_t j = 0; j < out.size(); ++j)
@@ -418,8 +438,8 @@ class RewardHeadObjective final : public TrainingObjective {
     {
         JournalBinding binding = rows_.binding();
         binding.emplace_back("engine", model.engine_key());
-        binding.emplace_back("encoding", cat(options_.encoding.encoding, " ", encoder.format_name(), " ", options_.encoding.max_length, " ",
-                                             options_.encoding.max_prompt_length));
+        binding.emplace_back("encoding", cat(options_.encoding.encoding, " ", encoder.format_name(), " ",
+                                             options_.encoding.max_length, " ", options_.encoding.max_prompt_length));
         return binding;
     }
 
@@ -443,7 +463,8 @@ RowRange RowRange::parse(const std::string& text, std::int64_t rows)
     if (text.empty())
         return {0, rows};
     const auto bad = [&] {
-        return usage_error(cat("--rows ", text, " is no range A:B of rows 0 to ", rows, " (A is the first row, B the one after the last)"));
+        return usage_error(cat("--rows ", text, " is no range A:B of rows 0 to ", rows,
+                               " (A is the first row, B the one after the last)"));
     };
     const std::size_t colon = text.find(':');
     if (colon == std::string::npos)
@@ -468,7 +489,8 @@ std::unique_ptr<TrainingObjective> make_reward_objective(const TrainOptions& opt
     Rows rows = open_rows(options, comm);
     if (options.trainable == "head") {
         std::unique_ptr<TrainingObjective> head;
-        agree(comm, "opening the start model", [&] { head = std::make_unique<RewardHeadObjective>(options, std::move(rows)); });
+        agree(comm, "opening the start model",
+              [&] { head = std::make_unique<RewardHeadObjective>(options, std::move(rows)); });
         return head;
     }
     std::unique_ptr<DecoderTrainer> model;
@@ -477,8 +499,10 @@ std::unique_ptr<TrainingObjective> make_reward_objective(const TrainOptions& opt
         model = std::make_unique<DecoderTrainer>(options, true);
         encoder.emplace(options.policy, options.encoding, model->config());
     });
-    auto objective = std::make_unique<RewardModelObjective>(options, std::move(model), std::move(*encoder), std::move(rows));
-    objective->set_costs(gather_costs(objective->rows(), comm, [&](std::int64_t row) { return objective->measure(row); }));
+    auto objective =
+        std::make_unique<RewardModelObjective>(options, std::move(model), std::move(*encoder), std::move(rows));
+    objective->set_costs(
+        gather_costs(objective->rows(), comm, [&](std::int64_t row) { return objective->measure(row); }));
     return objective;
 }
 

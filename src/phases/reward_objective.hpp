@@ -8,8 +8,8 @@
 
 namespace selm {
 
-/// Bradley-Terry (Eq. 3.2) on the chosen and rejected answers of prefs.h5: all weights of the sequence classifier, or its
-/// head alone (the decoder's output is then computed once). Collective.
+/// Bradley-Terry (Eq. 3.2) on the chosen and rejected answers of prefs.h5: all weights of the sequence classifier, or
+/// its head alone (the decoder's output is then computed once). Collective.
 std::unique_ptr<TrainingObjective> make_reward_objective(const TrainOptions& options, Communicator& comm);
 
 /// [begin, end) of "A:B" within [0, rows); empty: all. @throws Error usage.

@@ -31,14 +31,18 @@ struct Rows {
     std::vector<std::int64_t> costs;
 };
 
-void compare(const std::string& path, const std::string& name, const char* what, const std::string& stored, const std::string& wanted)
+void compare(const std::string& path, const std::string& name, const char* what, const std::string& stored,
+             const std::string& wanted)
 {
     SELM_VALIDATE(stored == wanted, ExitCode::bad_data,
-                  path << ": the log-probs '" << name << "' were made with another " << what << " (" << stored << ", this run has " << wanted
-                       << "; the loss would compare different things). Run selm_logp again with the same options as this training");
+                  path << ": the log-probs '" << name << "' were made with another " << what << " (" << stored
+                       << ", this run has " << wanted
+                       << "; the loss would compare different things). Run selm_logp again with the same options as "
+                          "this training");
 }
 
-void check_reference(const TrainOptions& options, const Rows& rows, const std::string& format, const std::string& engine)
+void check_reference(const TrainOptions& options, const Rows& rows, const std::string& format,
+                     const std::string& engine)
 {
     const LogProbAttributes& a = rows.reference.attributes;
     const std::string& path = options.iter;
@@ -47,12 +51,13 @@ void check_reference(const TrainOptions& options, const Rows& rows, const std::s
     compare(path, name, "encoding", a.encoding, options.encoding.encoding);
     compare(path, name, "chat format", a.chat_format, format);
     compare(path, name, "max-length", std::to_string(a.max_length), std::to_string(options.encoding.max_length));
-    compare(path, name, "max-prompt-length", std::to_string(a.max_prompt_length), std::to_string(options.encoding.max_prompt_length));
+    compare(path, name, "max-prompt-length", std::to_string(a.max_prompt_length),
+            std::to_string(options.encoding.max_prompt_length));
     compare(path, name, "dtype", a.dtype, options.common.dtype);
     compare(path, name, "choice of pairs", a.pairs_digest, rows.pairs_digest);
     if (a.engine != engine)
-        SELM_LOG(warning, path << ": the log-probs '" << name << "' were made with engine " << a.engine << ", this run has " << engine
-                               << "; the first loss is log 2 only up to rounding");
+        SELM_LOG(warning, path << ": the log-probs '" << name << "' were made with engine " << a.engine
+                               << ", this run has " << engine << "; the first loss is log 2 only up to rounding");
 }
 
 std::string digest_of(const IterationReader::LogProbs& log_probs)
@@ -64,9 +69,10 @@ std::string digest_of(const IterationReader::LogProbs& log_probs)
 
 class SelmObjective final : public TrainingObjective {
   public:
-    SelmObjective(const TrainOptions& options, double alpha, double beta, std::unique_ptr<DecoderTrainer> model, RowEncoder encoder, Rows rows)
-        : alpha_(alpha), beta_(beta), save_dtype_(save_dtype(options)), model_(std::move(model)), encoder_(std::move(encoder)),
-          rows_(std::move(rows))
+    SelmObjective(const TrainOptions& options, double alpha, double beta, std::unique_ptr<DecoderTrainer> model,
+                  RowEncoder encoder, Rows rows)
+        : alpha_(alpha), beta_(beta), save_dtype_(save_dtype(options)), model_(std::move(model)),
+          encoder_(std::move(encoder)), rows_(std::move(rows))
     {
     }
 
@@ -79,7 +85,9 @@ class SelmObjective final : public TrainingObjective {
     std::vector<ParameterSpec> parameters() const override { return decoder_parameters(model_->config()); }
     CheckpointBinding binding() const override
     {
-        return {{"policy", rows_.model_digest}, {"rows and pairs", rows_.pairs_digest}, {"reference log-probs", rows_.reference_digest}};
+        return {{"policy", rows_.model_digest},
+                {"rows and pairs", rows_.pairs_digest},
+                {"reference log-probs", rows_.reference_digest}};
     }
     void initialise(const FlatBuffers& flat, ShardInfo shard, std::span<float> master) const override
     {
@@ -88,7 +96,8 @@ class SelmObjective final : public TrainingObjective {
     void refresh(FlatBuffers& flat) override { model_->refresh(flat); }
     std::int64_t engine_bytes() const override { return model_->engine().peak_allocated_bytes(); }
     std::string engine_description() const override { return model_->engine().description(); }
-    void write_model(const std::string& directory, const FlatBuffers& flat, std::span<const float> master) const override
+    void write_model(const std::string& directory, const FlatBuffers& flat,
+                     std::span<const float> master) const override
     {
         model_->write_model(directory, flat, master, save_dtype_);
     }
@@ -104,7 +113,8 @@ class SelmObjective final : public TrainingObjective {
         }
         const auto pass = model_->decoder().forward_scored(batch);
         std::vector<double> branch_sums(static_cast<std::size_t>(batch.branches), 0.0);
-        for (std::size_t i = 0; i < batch.owner.size(); ++i) // in the order of selm_logp, so that equal weights give equal sums
+        for (std::size_t i = 0; i < batch.owner.size();
+             ++i) // in the order of selm_logp, so that equal weights give equal sums
             branch_sums[static_cast<std::size_t>(batch.owner[i])] += static_cast<double>(pass->log_probs()[i]);
         std::vector<double> slopes(branch_sums.size(), 0.0);
         std::size_t first = 0;
@@ -132,8 +142,9 @@ class SelmObjective final : public TrainingObjective {
                 {"rewards/margins", sums.mean(StepSums::margin)},
                 {"logps/chosen", sums.mean(StepSums::logp_best)},
                 {"logps/rejected", sums.mean(StepSums::logp_worst)},
-                {"logps/generated",
-                 generated ? ordered_json(sums[StepSums::logp_generated] / sums[StepSums::generated_rows]) : ordered_json(nullptr)}};
+                {"logps/generated", generated
+                                        ? ordered_json(sums[StepSums::logp_generated] / sums[StepSums::generated_rows])
+                                        : ordered_json(nullptr)}};
     }
 
     bool optimism(std::int64_t row) const { return alpha_ != 0 && rows_.reader->has_generated(row); }
@@ -205,7 +216,8 @@ double by_iteration(const std::vector<double>& values, std::int64_t iteration)
     return values[std::min(static_cast<std::size_t>(iteration), values.size()) - 1];
 }
 
-std::vector<std::int64_t> gather_costs(std::int64_t rows, Communicator& comm, const std::function<std::int64_t(std::int64_t)>& cost)
+std::vector<std::int64_t> gather_costs(std::int64_t rows, Communicator& comm,
+                                       const std::function<std::int64_t(std::int64_t)>& cost)
 {
     std::vector<std::int64_t> mine;
     agree(comm, "lengths of the rows", [&] {
@@ -213,10 +225,12 @@ std::vector<std::int64_t> gather_costs(std::int64_t rows, Communicator& comm, co
             mine.push_back(cost(row));
     });
     std::vector<std::int64_t> costs(static_cast<std::size_t>(rows));
-    const auto parts = comm.all_gather_ragged(std::as_bytes(std::span<const std::int64_t>(mine)), "lengths of the rows");
+    const auto parts =
+        comm.all_gather_ragged(std::as_bytes(std::span<const std::int64_t>(mine)), "lengths of the rows");
     for (std::size_t rank = 0; rank < parts.size(); ++rank)
         for (std::size_t i = 0; i < parts[rank].size() / sizeof(std::int64_t); ++i)
-            std::memcpy(&costs[rank + i * parts.size()], parts[rank].data() + i * sizeof(std::int64_t), sizeof(std::int64_t));
+            std::memcpy(&costs[rank + i * parts.size()], parts[rank].data() + i * sizeof(std::int64_t),
+                        sizeof(std::int64_t));
     return costs;
 }
 
@@ -225,10 +239,13 @@ SelmObjectiveParts make_selm_objective(const TrainOptions& options, Communicator
     Rows rows;
     agree(comm, "opening the rows", [&] {
         rows.reader = std::make_unique<IterationReader>(options.iter);
-        SELM_VALIDATE(rows.reader->rows() > 0, ExitCode::bad_data, options.iter << " has no rows (there is nothing to train on)");
+        SELM_VALIDATE(rows.reader->rows() > 0, ExitCode::bad_data,
+                      options.iter << " has no rows (there is nothing to train on)");
         rows.pairs = rows.reader->pairs();
-        SELM_VALIDATE(rows.pairs.update_rule != "none", ExitCode::bad_data,
-                      options.iter << " holds held-out answers (there are no pairs to learn from). Pass --iter of ranked training rows");
+        SELM_VALIDATE(
+            rows.pairs.update_rule != "none", ExitCode::bad_data,
+            options.iter
+                << " holds held-out answers (there are no pairs to learn from). Pass --iter of ranked training rows");
         rows.reference = rows.reader->logprobs(options.reference);
         rows.reference_digest = digest_of(rows.reference);
     });
@@ -248,7 +265,8 @@ SelmObjectiveParts make_selm_objective(const TrainOptions& options, Communicator
         encoder.emplace(options.policy, options.encoding, model->config());
         check_reference(options, rows, encoder->format_name(), model->engine().name());
     });
-    auto objective = std::make_unique<SelmObjective>(options, parts.alpha, parts.beta, std::move(model), std::move(*encoder), std::move(rows));
+    auto objective = std::make_unique<SelmObjective>(options, parts.alpha, parts.beta, std::move(model),
+                                                     std::move(*encoder), std::move(rows));
     objective->set_costs(gather_costs(objective->rows(), comm, [&](std::int64_t row) {
         return objective->encoder().encode(objective->reader(), row, objective->wanted(row)).tokens();
     }));

@@ -19,10 +19,17 @@ namespace {
 class RecipeKeys final : public OptionVisitor {
   public:
     void option(const char* s, const char* n, std::string& v, const char*, OptionRole r) override { add(s, n, v, r); }
-    void option(const char* s, const char* n, std::int64_t& v, const char*, OptionRole r) override { add(s, n, cat(v), r); }
+    void option(const char* s, const char* n, std::int64_t& v, const char*, OptionRole r) override
+    {
+        add(s, n, cat(v), r);
+    }
     void option(const char* s, const char* n, double& v, const char*, OptionRole r) override { add(s, n, cat(v), r); }
-    void option(const char* s, const char* n, bool& v, const char*, OptionRole r) override { add(s, n, v ? "on" : "off", r); }
-    void option(const char*, const char*, std::vector<double>&, const char*, OptionRole) override {} // this iteration's values count
+    void option(const char* s, const char* n, bool& v, const char*, OptionRole r) override
+    {
+        add(s, n, v ? "on" : "off", r);
+    }
+    void option(const char*, const char*, std::vector<double>&, const char*, OptionRole) override {
+    } // this iteration's values count
     void option(const char*, const char*, std::vector<std::string>&, const char*, OptionRole) override {}
     CheckpointBinding keys;
 

@@ -10,12 +10,14 @@ namespace {
 
 void at_least(const char* name, std::int64_t value, std::int64_t lowest)
 {
-    SELM_VALIDATE(value >= lowest, ExitCode::usage, "--" << name << " " << value << " is too small. Use " << lowest << " or more");
+    SELM_VALIDATE(value >= lowest, ExitCode::usage,
+                  "--" << name << " " << value << " is too small. Use " << lowest << " or more");
 }
 
 void not_negative(const char* name, double value)
 {
-    SELM_VALIDATE(std::isfinite(value) && value >= 0, ExitCode::usage, "--" << name << " " << value << " is out of range. Use 0 or more");
+    SELM_VALIDATE(std::isfinite(value) && value >= 0, ExitCode::usage,
+                  "--" << name << " " << value << " is out of range. Use 0 or more");
 }
 
 void list_of(const char* name, const std::vector<double>& values)
@@ -38,25 +40,31 @@ void TrainOptions::describe(OptionVisitor& visitor)
     visitor.option("train", "policy", policy, "Hugging Face model directory to start from", operational);
     visitor.option("train", "output", output, "model directory to write", operational);
     visitor.option("train", "objective", objective, "selm|bradley-terry", recipe);
-    visitor.option("train", "trainable", trainable, "all|head (head: bradley-terry only, on the frozen decoder)", recipe);
-    visitor.option("train", "reference", reference, "which log-probs are the reference's: group under /logprobs", recipe);
+    visitor.option("train", "trainable", trainable, "all|head (head: bradley-terry only, on the frozen decoder)",
+                   recipe);
+    visitor.option("train", "reference", reference, "which log-probs are the reference's: group under /logprobs",
+                   recipe);
     visitor.option("train", "alpha", alpha, "weight of the optimism term, by iteration (0: iterative DPO)", recipe);
     visitor.option("train", "beta", beta, "strength of the tie to the reference, by iteration", recipe);
     visitor.option("train", "learning-rate", learning_rate, "peak learning rate, by iteration", recipe);
     visitor.option("train", "schedule", schedule, "cosine|linear|constant, after the warm-up", recipe);
     visitor.option("train", "warmup-ratio", warmup_ratio, "part of the steps that warms up", recipe);
     visitor.option("train", "global-batch", global_batch, "rows per optimizer step, over all ranks", recipe);
-    visitor.option("train", "tokens-per-microbatch", tokens_per_microbatch, "packed tokens computed together per rank", operational);
+    visitor.option("train", "tokens-per-microbatch", tokens_per_microbatch, "packed tokens computed together per rank",
+                   operational);
     visitor.option("train", "epochs", epochs, "passes over the rows", recipe);
     visitor.option("train", "shuffle", shuffle, "on|off: seeded order of rows in each epoch", recipe);
-    visitor.option("train", "max-grad-norm", max_grad_norm, "clip the gradient's norm (0: off, the recipe's value)", recipe);
+    visitor.option("train", "max-grad-norm", max_grad_norm, "clip the gradient's norm (0: off, the recipe's value)",
+                   recipe);
     visitor.option("train", "adam-beta1", adam_beta1, "AdamW: decay of the first moment", recipe);
     visitor.option("train", "adam-beta2", adam_beta2, "AdamW: decay of the second moment", recipe);
     visitor.option("train", "adam-epsilon", adam_epsilon, "AdamW: added to the root of the second moment", recipe);
     visitor.option("train", "weight-decay", weight_decay, "AdamW: decoupled weight decay", recipe);
-    visitor.option("train", "zero", zero, "0|1: optimizer state whole on every rank, or cut over the ranks", operational);
+    visitor.option("train", "zero", zero, "0|1: optimizer state whole on every rank, or cut over the ranks",
+                   operational);
     visitor.option("train", "save-dtype", save_dtype, "bf16|fp32: type of the written weights", recipe);
-    visitor.option("train", "checkpoint-every", checkpoint_every, "optimizer steps between checkpoints (0: only when stopped)", operational);
+    visitor.option("train", "checkpoint-every", checkpoint_every,
+                   "optimizer steps between checkpoints (0: only when stopped)", operational);
     visitor.option("train", "keep", keep, "newest checkpoints that stay", operational);
     visitor.option("train", "resume", resume, "auto|never: go on from the newest checkpoint", operational);
     visitor.option("train", "stop-file", stop_file, "stop, with everything saved, when this file appears", operational);
@@ -68,19 +76,28 @@ void TrainOptions::validate() const
     common.validate();
     encoding.validate();
     const bool reward = objective == "bradley-terry";
-    SELM_VALIDATE(objective != "pairrm", ExitCode::configuration, "--objective pairrm is not built in this version. Use selm or bradley-terry");
-    SELM_VALIDATE(reward || objective == "selm", ExitCode::usage, "--objective " << objective << " is not known. Use one of selm|bradley-terry");
-    SELM_VALIDATE(trainable == "all" || trainable == "head", ExitCode::usage, "--trainable " << trainable << " is not known. Use one of all|head");
-    SELM_VALIDATE(reward || trainable == "all", ExitCode::usage, "--trainable head is for --objective bradley-terry (a policy has no score head). Use all");
-    SELM_VALIDATE(reward || !iter.empty(), ExitCode::usage, "--iter is missing (there are no rows). Pass --iter iter.h5");
-    SELM_VALIDATE(!reward || !data.empty(), ExitCode::usage, "--data is missing (there are no rows). Pass --data prefs.h5");
-    SELM_VALIDATE(!policy.empty(), ExitCode::usage, "--policy is missing (training starts from a model). Pass --policy DIR");
-    SELM_VALIDATE(!output.empty(), ExitCode::usage, "--output is missing (the model needs a directory). Pass --output DIR");
+    SELM_VALIDATE(objective != "pairrm", ExitCode::configuration,
+                  "--objective pairrm is not built in this version. Use selm or bradley-terry");
+    SELM_VALIDATE(reward || objective == "selm", ExitCode::usage,
+                  "--objective " << objective << " is not known. Use one of selm|bradley-terry");
+    SELM_VALIDATE(trainable == "all" || trainable == "head", ExitCode::usage,
+                  "--trainable " << trainable << " is not known. Use one of all|head");
+    SELM_VALIDATE(reward || trainable == "all", ExitCode::usage,
+                  "--trainable head is for --objective bradley-terry (a policy has no score head). Use all");
+    SELM_VALIDATE(reward || !iter.empty(), ExitCode::usage,
+                  "--iter is missing (there are no rows). Pass --iter iter.h5");
+    SELM_VALIDATE(!reward || !data.empty(), ExitCode::usage,
+                  "--data is missing (there are no rows). Pass --data prefs.h5");
+    SELM_VALIDATE(!policy.empty(), ExitCode::usage,
+                  "--policy is missing (training starts from a model). Pass --policy DIR");
+    SELM_VALIDATE(!output.empty(), ExitCode::usage,
+                  "--output is missing (the model needs a directory). Pass --output DIR");
     list_of("alpha", alpha);
     list_of("beta", beta);
     list_of("learning-rate", learning_rate);
     parse_schedule(schedule);
-    SELM_VALIDATE(warmup_ratio >= 0 && warmup_ratio <= 1, ExitCode::usage, "--warmup-ratio " << warmup_ratio << " is out of range. Use 0 to 1");
+    SELM_VALIDATE(warmup_ratio >= 0 && warmup_ratio <= 1, ExitCode::usage,
+                  "--warmup-ratio " << warmup_ratio << " is out of range. Use 0 to 1");
     at_least("global-batch", global_batch, 1);
     at_least("tokens-per-microbatch", tokens_per_microbatch, 1);
     at_least("epochs", epochs, 1);
@@ -89,13 +106,18 @@ void TrainOptions::validate() const
     at_least("max-steps", max_steps, 0);
     not_negative("max-grad-norm", max_grad_norm);
     not_negative("weight-decay", weight_decay);
-    SELM_VALIDATE(adam_beta1 >= 0 && adam_beta1 < 1 && adam_beta2 >= 0 && adam_beta2 < 1 && adam_epsilon > 0, ExitCode::usage,
-                  "the AdamW constants are out of range. Use 0 <= --adam-beta1, --adam-beta2 < 1 and --adam-epsilon > 0");
+    SELM_VALIDATE(
+        adam_beta1 >= 0 && adam_beta1 < 1 && adam_beta2 >= 0 && adam_beta2 < 1 && adam_epsilon > 0, ExitCode::usage,
+        "the AdamW constants are out of range. Use 0 <= --adam-beta1, --adam-beta2 < 1 and --adam-epsilon > 0");
     SELM_VALIDATE(zero >= 0 && zero <= 3, ExitCode::usage, "--zero " << zero << " is not known. Use one of 0|1");
-    SELM_VALIDATE(zero <= 1, ExitCode::configuration, "--zero " << zero << " is not built in this version. Use --zero 1 or 0");
-    SELM_VALIDATE(save_dtype == "bf16" || save_dtype == "fp32", ExitCode::usage, "--save-dtype " << save_dtype << " is not known. Use one of bf16|fp32");
-    SELM_VALIDATE(resume == "auto" || resume == "never", ExitCode::usage, "--resume " << resume << " is not known. Use one of auto|never");
-    SELM_VALIDATE(common.device == "cpu", ExitCode::configuration, "--device " << common.device << " is not built for training in this version. Use --device cpu");
+    SELM_VALIDATE(zero <= 1, ExitCode::configuration,
+                  "--zero " << zero << " is not built in this version. Use --zero 1 or 0");
+    SELM_VALIDATE(save_dtype == "bf16" || save_dtype == "fp32", ExitCode::usage,
+                  "--save-dtype " << save_dtype << " is not known. Use one of bf16|fp32");
+    SELM_VALIDATE(resume == "auto" || resume == "never", ExitCode::usage,
+                  "--resume " << resume << " is not known. Use one of auto|never");
+    SELM_VALIDATE(common.device == "cpu", ExitCode::configuration,
+                  "--device " << common.device << " is not built for training in this version. Use --device cpu");
     SELM_VALIDATE(encoding.encoding == "chat", ExitCode::configuration,
                   "--encoding " << encoding.encoding << " is not built in this version. Use --encoding chat");
 }

@@ -30,8 +30,13 @@ double seconds_between(std::chrono::steady_clock::time_point from, std::chrono::
 
 ShardedAdamW::Options optimizer_options(const TrainOptions& o)
 {
-    return {.stage = static_cast<int>(o.zero), .beta1 = o.adam_beta1, .beta2 = o.adam_beta2, .epsilon = o.adam_epsilon,
-            .weight_decay = o.weight_decay, .max_grad_norm = o.max_grad_norm, .round_bf16 = parse_dtype(o.common.dtype) == DType::bf16};
+    return {.stage = static_cast<int>(o.zero),
+            .beta1 = o.adam_beta1,
+            .beta2 = o.adam_beta2,
+            .epsilon = o.adam_epsilon,
+            .weight_decay = o.weight_decay,
+            .max_grad_norm = o.max_grad_norm,
+            .round_bf16 = parse_dtype(o.common.dtype) == DType::bf16};
 }
 
 /// Mean of a metric over lines that have it; 0 when none has.
@@ -49,13 +54,15 @@ double mean_of(std::span<const ordered_json> lines, const char* key)
 
 } // namespace
 
-TrainingLoop::TrainingLoop(const TrainOptions& options, std::int64_t iteration, double learning_rate, TrainingObjective& objective,
-                           TrainingOutput& output, CheckpointBinding binding, Communicator& comm)
+TrainingLoop::TrainingLoop(const TrainOptions& options, std::int64_t iteration, double learning_rate,
+                           TrainingObjective& objective, TrainingOutput& output, CheckpointBinding binding,
+                           Communicator& comm)
     : options_(options), iteration_(iteration), peak_rate_(learning_rate), objective_(objective), output_(output),
       binding_(std::move(binding)), comm_(comm), flat_(objective.parameters(), comm.size()),
       optimizer_(flat_.layout, comm, optimizer_options(options)),
       checkpoints_(output.checkpoints(), options.keep, flat_.parameters, flat_.layout, comm),
-      steps_per_epoch_(steps_per_epoch(objective.rows(), options.global_batch)), total_steps_(steps_per_epoch_ * options.epochs)
+      steps_per_epoch_(steps_per_epoch(objective.rows(), options.global_batch)),
+      total_steps_(steps_per_epoch_ * options.epochs)
 {
 }
 
@@ -77,7 +84,8 @@ void TrainingLoop::start()
         state_ = *found;
         SELM_LOG(info, "going on from the checkpoint of step " << state_.step << " of " << total_steps_);
     } else {
-        agree(comm_, "start weights", [&] { objective_.initialise(flat_, optimizer_.state_shard(), optimizer_.master()); });
+        agree(comm_, "start weights",
+              [&] { objective_.initialise(flat_, optimizer_.state_shard(), optimizer_.master()); });
     }
     resumed_from_ = state_.step;
     lines_ = output_.cut_metrics(state_.step);
@@ -88,7 +96,8 @@ void TrainingLoop::start()
 std::vector<std::int64_t> TrainingLoop::batch_rows(std::int64_t epoch, std::int64_t epoch_step)
 {
     if (order_epoch_ != epoch) {
-        order_ = epoch_order(objective_.rows(), static_cast<std::uint64_t>(options_.common.seed), iteration_, epoch, options_.shuffle);
+        order_ = epoch_order(objective_.rows(), static_cast<std::uint64_t>(options_.common.seed), iteration_, epoch,
+                             options_.shuffle);
         order_epoch_ = epoch;
     }
     const std::int64_t begin = epoch_step * options_.global_batch;
@@ -120,7 +129,8 @@ TrainingLoop::Step TrainingLoop::step()
 {
     Step step;
     step.rows = batch_rows(state_.epoch, state_.epoch_step);
-    step.learning_rate = learning_rate(parse_schedule(options_.schedule), peak_rate_, state_.step, total_steps_, options_.warmup_ratio);
+    step.learning_rate =
+        learning_rate(parse_schedule(options_.schedule), peak_rate_, state_.step, total_steps_, options_.warmup_ratio);
     std::vector<std::int64_t> bad_rows;
     agree(comm_, "training step", [&] {
         std::fill(flat_.gradient.begin(), flat_.gradient.end(), 0.0F);
@@ -144,7 +154,8 @@ TrainingLoop::Step TrainingLoop::step()
 void TrainingLoop::check_finite(const Step& step, const std::vector<std::int64_t>& bad_rows)
 {
     std::vector<std::int64_t> rows;
-    for (const auto& part : comm_.all_gather_ragged(std::as_bytes(std::span(bad_rows)), "rows with a non-finite loss")) {
+    for (const auto& part :
+         comm_.all_gather_ragged(std::as_bytes(std::span(bad_rows)), "rows with a non-finite loss")) {
         std::vector<std::int64_t> of_rank(part.size() / sizeof(std::int64_t));
         std::memcpy(of_rank.data(), part.data(), part.size());
         rows.insert(rows.end(), of_rank.begin(), of_rank.end());
@@ -159,16 +170,19 @@ void TrainingLoop::check_finite(const Step& step, const std::vector<std::int64_t
     if (rows.size() > most_named_rows)
         names += cat(" and ", rows.size() - most_named_rows, " more");
     const std::string newest = root_string(comm_, "last checkpoint", [&] { return checkpoints_.newest(); });
-    throw data_error(cat("step ", state_.step + 1, ": the ", loss ? "loss" : "gradient", " is not finite (the weights would be lost). Rows: ", names,
+    throw data_error(cat("step ", state_.step + 1, ": the ", loss ? "loss" : "gradient",
+                         " is not finite (the weights would be lost). Rows: ", names,
                          ". Last good checkpoint: ", newest.empty() ? "none" : newest,
                          ". Check these rows, lower --learning-rate, or use --dtype fp32"));
 }
 
 void TrainingLoop::record(const Step& step, double seconds, double comm_seconds)
 {
-    std::array<double, 2> largest{seconds, static_cast<double>(objective_.engine_bytes() + flat_.bytes() + optimizer_.bytes())};
+    std::array<double, 2> largest{seconds,
+                                  static_cast<double>(objective_.engine_bytes() + flat_.bytes() + optimizer_.bytes())};
     comm_.all_reduce(std::span<double>(largest), ReduceOp::max, "time and memory of the step");
-    const double mean_comm = all_reduce_value(comm_, comm_seconds, ReduceOp::sum, "communication of the step") / comm_.size();
+    const double mean_comm =
+        all_reduce_value(comm_, comm_seconds, ReduceOp::sum, "communication of the step") / comm_.size();
     const double epoch = static_cast<double>(state_.step) / static_cast<double>(steps_per_epoch_);
     ordered_json line{{"step", state_.step}, {"epoch", epoch}, {"learning_rate", step.learning_rate}};
     line.update(objective_.metrics(step.sums));
@@ -192,9 +206,14 @@ void TrainingLoop::show_progress(const ordered_json& line)
         return;
     shown_ = now;
     const double per_step = seconds_between(start_, now) / static_cast<double>(state_.step - resumed_from_);
-    SELM_LOG(info, "train: step " << state_.step << "/" << total_steps_ << ", loss " << line["loss"].get<double>() << ", margin "
-                                  << line["rewards/margins"].get<double>() << ", " << static_cast<std::int64_t>(line["tokens_per_s"].get<double>())
-                                  << " tokens/s" << (last ? "" : cat(", about ", std::llround(per_step * static_cast<double>(total_steps_ - state_.step)), " s left")));
+    SELM_LOG(info,
+             "train: step " << state_.step << "/" << total_steps_ << ", loss " << line["loss"].get<double>()
+                            << ", margin " << line["rewards/margins"].get<double>() << ", "
+                            << static_cast<std::int64_t>(line["tokens_per_s"].get<double>()) << " tokens/s"
+                            << (last ? ""
+                                     : cat(", about ",
+                                           std::llround(per_step * static_cast<double>(total_steps_ - state_.step)),
+                                           " s left")));
 }
 
 void TrainingLoop::save_checkpoint()
@@ -230,22 +249,25 @@ TrainReport TrainingLoop::report(Outcome outcome) const
 TrainReport TrainingLoop::run()
 {
     start();
-    SELM_LOG(info, "training on " << objective_.rows() << " rows, " << total_steps_ << " steps of " << options_.global_batch << " rows, "
-                                  << comm_.size() << " rank(s), engine " << objective_.engine_description() << ", dtype "
-                                  << options_.common.dtype << ", ZeRO-" << options_.zero << ", "
-                                  << ((flat_.bytes() + optimizer_.bytes()) >> 20) << " MiB of weights, gradients and optimizer state per rank");
+    SELM_LOG(info, "training on " << objective_.rows() << " rows, " << total_steps_ << " steps of "
+                                  << options_.global_batch << " rows, " << comm_.size() << " rank(s), engine "
+                                  << objective_.engine_description() << ", dtype " << options_.common.dtype << ", ZeRO-"
+                                  << options_.zero << ", " << ((flat_.bytes() + optimizer_.bytes()) >> 20)
+                                  << " MiB of weights, gradients and optimizer state per rank");
     start_ = Clock::now();
     while (state_.step < total_steps_) {
         const auto step_start = Clock::now();
         const double comm_before = optimizer_.comm_seconds() + reduce_seconds_;
         const Step done = step();
-        record(done, seconds_between(step_start, Clock::now()), optimizer_.comm_seconds() + reduce_seconds_ - comm_before);
+        record(done, seconds_between(step_start, Clock::now()),
+               optimizer_.comm_seconds() + reduce_seconds_ - comm_before);
         if (state_.step == total_steps_)
             break;
         const bool enough = options_.max_steps > 0 && state_.step - resumed_from_ >= options_.max_steps;
         if (stop_requested(comm_, options_.stop_file) || enough) {
             save_checkpoint();
-            SELM_LOG(info, "stopped after step " << state_.step << " of " << total_steps_ << ". Run the same command again to go on");
+            SELM_LOG(info, "stopped after step " << state_.step << " of " << total_steps_
+                                                 << ". Run the same command again to go on");
             return report(Outcome::stopped);
         }
         if (options_.checkpoint_every > 0 && state_.step % options_.checkpoint_every == 0)

@@ -18,14 +18,14 @@
 namespace selm {
 
 /**
- * @brief The loop around an objective: epochs, global batches dealt to ranks by cost, optimizer steps, metrics, checkpoints
- * and requests to stop. Collective.
+ * @brief The loop around an objective: epochs, global batches dealt to ranks by cost, optimizer steps, metrics,
+ * checkpoints and requests to stop. Collective.
  */
 class TrainingLoop {
   public:
     /// @param learning_rate peak of this iteration; `iteration` seeds the order of rows.
-    TrainingLoop(const TrainOptions& options, std::int64_t iteration, double learning_rate, TrainingObjective& objective,
-                 TrainingOutput& output, CheckpointBinding binding, Communicator& comm);
+    TrainingLoop(const TrainOptions& options, std::int64_t iteration, double learning_rate,
+                 TrainingObjective& objective, TrainingOutput& output, CheckpointBinding binding, Communicator& comm);
 
     /// Trains from the newest checkpoint, or from the start, until all steps are done or a stop is requested.
     TrainReport run();

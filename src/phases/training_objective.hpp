@@ -17,12 +17,24 @@
 
 namespace selm {
 
-/// Sums over rows of one optimizer step; added over ranks, then divided by the counts. Doubles only, so that one reduction
-/// carries all.
+/// Sums over rows of one optimizer step; added over ranks, then divided by the counts. Doubles only, so that one
+/// reduction carries all.
 struct StepSums {
     enum Sum : std::size_t {
-        loss, dpo, optimism, reward_best, reward_worst, accuracy, margin, logp_best, logp_worst, logp_generated,
-        rows, generated_rows, tokens, count
+        loss,
+        dpo,
+        optimism,
+        reward_best,
+        reward_worst,
+        accuracy,
+        margin,
+        logp_best,
+        logp_worst,
+        logp_generated,
+        rows,
+        generated_rows,
+        tokens,
+        count
     };
     std::array<double, count> values{};
     double& operator[](Sum sum) { return values[sum]; }
@@ -33,7 +45,8 @@ struct StepSums {
 /// Weights that the passes read and the gradient that they add to, both flat: one buffer each on every rank.
 struct FlatBuffers {
     FlatBuffers(std::vector<ParameterSpec> specs, int ranks)
-        : parameters(std::move(specs)), layout(parameters, ranks), compute(layout.total(), 0.0F), gradient(layout.total(), 0.0F)
+        : parameters(std::move(specs)), layout(parameters, ranks), compute(layout.total(), 0.0F),
+          gradient(layout.total(), 0.0F)
     {
     }
     FlatBuffers(const FlatBuffers&) = delete;
@@ -63,8 +76,9 @@ class TrainingObjective {
     virtual ~TrainingObjective() = default;
 
     virtual std::int64_t rows() const = 0;
-    virtual std::int64_t cost(std::int64_t row) const = 0;         ///< tokens that the row is computed with; the same on every rank
-    virtual std::string row_name(std::int64_t row) const = 0;      ///< for messages
+    virtual std::int64_t
+    cost(std::int64_t row) const = 0; ///< tokens that the row is computed with; the same on every rank
+    virtual std::string row_name(std::int64_t row) const = 0; ///< for messages
     virtual std::vector<ParameterSpec> parameters() const = 0;
     /// What a checkpoint is bound to besides the options.
     virtual CheckpointBinding binding() const = 0;
@@ -78,18 +92,19 @@ class TrainingObjective {
     virtual void initialise(const FlatBuffers& flat, ShardInfo shard, std::span<float> master) const = 0;
     /// flat.compute has new values; the first call comes before any accumulate().
     virtual void refresh(FlatBuffers& flat) = 0;
-    /// Adds scale * d(sum of the rows' losses) to flat.gradient, and the rows' figures to `sums`; rows whose loss is not
-    /// finite go to `bad_rows`.
+    /// Adds scale * d(sum of the rows' losses) to flat.gradient, and the rows' figures to `sums`; rows whose loss is
+    /// not finite go to `bad_rows`.
     virtual void accumulate(std::span<const std::int64_t> rows, double scale, FlatBuffers& flat, StepSums& sums,
                             std::vector<std::int64_t>& bad_rows) = 0;
-    virtual std::int64_t engine_bytes() const = 0;                 ///< peak of the engine's tensors
+    virtual std::int64_t engine_bytes() const = 0; ///< peak of the engine's tensors
     virtual std::string engine_description() const = 0;
 
     /// The line of metrics.jsonl of a step, without what the loop adds; `sums` are global.
     virtual nlohmann::ordered_json metrics(const StepSums& sums) const = 0;
 
     /// Writes a whole model directory from the flat master weights [total]. Called on rank 0 alone.
-    virtual void write_model(const std::string& directory, const FlatBuffers& flat, std::span<const float> master) const = 0;
+    virtual void write_model(const std::string& directory, const FlatBuffers& flat,
+                             std::span<const float> master) const = 0;
 };
 
 } // namespace selm

@@ -51,7 +51,8 @@ double number(const ordered_json& json, const char* key)
 
 } // namespace
 
-TrainingOutput::TrainingOutput(std::string directory, Communicator& comm) : directory_(std::move(directory)), comm_(comm)
+TrainingOutput::TrainingOutput(std::string directory, Communicator& comm)
+    : directory_(std::move(directory)), comm_(comm)
 {
     while (directory_.size() > 1 && directory_.ends_with('/'))
         directory_.pop_back(); // "policy/" would put the partial directory inside
@@ -66,13 +67,14 @@ std::optional<ordered_json> TrainingOutput::finished(const CheckpointBinding& bi
     if (text.empty())
         return std::nullopt;
     ordered_json record = ordered_json::parse(text, nullptr, false);
-    SELM_VALIDATE(record.is_object() && record.value("format", "") == record_format && record.contains("binding"), ExitCode::bad_data,
-                  path << " is damaged. Remove the directory, or pass another --output");
+    SELM_VALIDATE(record.is_object() && record.value("format", "") == record_format && record.contains("binding"),
+                  ExitCode::bad_data, path << " is damaged. Remove the directory, or pass another --output");
     for (const auto& [name, value] : binding) {
         const std::string found = record["binding"].value(name, std::string("(nothing)"));
         SELM_VALIDATE(found == value, ExitCode::bad_data,
-                      directory_ << " holds a model that another run trained: its " << name << " is " << found << ", this run's is "
-                                 << value << " (it is not replaced: it may be needed). Remove it, or pass another --output");
+                      directory_ << " holds a model that another run trained: its " << name << " is " << found
+                                 << ", this run's is " << value
+                                 << " (it is not replaced: it may be needed). Remove it, or pass another --output");
     }
     return record;
 }
@@ -84,8 +86,10 @@ void TrainingOutput::claim()
             return;
         create_directories(directory_);
         remove_leftovers();
-        SELM_VALIDATE(!fs::exists(directory_ + "/config.json") || fs::exists(metrics_path()), ExitCode::bad_data,
-                      directory_ << " holds a model that selm_train did not make (it would be overwritten). Pass another --output");
+        SELM_VALIDATE(
+            !fs::exists(directory_ + "/config.json") || fs::exists(metrics_path()), ExitCode::bad_data,
+            directory_
+                << " holds a model that selm_train did not make (it would be overwritten). Pass another --output");
     });
 }
 
@@ -132,11 +136,13 @@ void TrainingOutput::append_metrics(const ordered_json& line)
         std::ofstream file(metrics_path(), std::ios::app);
         file << line.dump() << '\n';
         file.close();
-        SELM_VALIDATE(!file.fail(), ExitCode::io, "writing '" << metrics_path() << "' failed. Free some space, then run again");
+        SELM_VALIDATE(!file.fail(), ExitCode::io,
+                      "writing '" << metrics_path() << "' failed. Free some space, then run again");
     });
 }
 
-void TrainingOutput::publish(const std::function<void(const std::string&)>& write, ordered_json record, const CheckpointBinding& binding)
+void TrainingOutput::publish(const std::function<void(const std::string&)>& write, ordered_json record,
+                             const CheckpointBinding& binding)
 {
     agree(comm_, "writing the model", [&] {
         if (!comm_.is_root())
@@ -150,7 +156,8 @@ void TrainingOutput::publish(const std::function<void(const std::string&)>& writ
                 names.push_back(entry.path().filename().string());
             // config.json last: a directory without it is no model.
             std::sort(names.begin(), names.end());
-            std::stable_partition(names.begin(), names.end(), [](const std::string& name) { return name != "config.json"; });
+            std::stable_partition(names.begin(), names.end(),
+                                  [](const std::string& name) { return name != "config.json"; });
             for (const std::string& name : names)
                 publish_file(partial + "/" + name, directory_ + "/" + name);
             fs::remove_all(partial);

@@ -40,7 +40,8 @@ class TrainingOutput {
     void append_metrics(const nlohmann::ordered_json& line);
 
     /// Puts the files that `write(directory)` makes into the output, config.json last, then the record.
-    void publish(const std::function<void(const std::string&)>& write, nlohmann::ordered_json record, const CheckpointBinding& binding);
+    void publish(const std::function<void(const std::string&)>& write, nlohmann::ordered_json record,
+                 const CheckpointBinding& binding);
 
   private:
     std::string metrics_path() const { return directory_ + "/metrics.jsonl"; }

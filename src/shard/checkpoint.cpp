@@ -55,7 +55,8 @@ std::uint64_t block_checksum(std::span<const float> values, std::size_t first_el
     std::uint64_t sum = 0;
     for (std::size_t begin = 0; begin < values.size(); begin += block) {
         const auto part = values.subspan(begin, std::min(block, values.size() - begin));
-        const std::array<std::uint64_t, 2> placed{hash64(part.data(), part.size_bytes()), (first_element + begin) / block};
+        const std::array<std::uint64_t, 2> placed{hash64(part.data(), part.size_bytes()),
+                                                  (first_element + begin) / block};
         sum += hash64(placed.data(), sizeof placed);
     }
     return sum;
@@ -102,19 +103,20 @@ json parse_manifest(const std::string& text, const std::string& path)
 }
 
 /// Reads this rank's part of the optimizer's state. Does not communicate.
-void read_state(const std::string& path, std::int64_t bytes, std::span<const ParameterSpec> parameters, const FlatLayout& layout,
-                ShardedAdamW& optimizer)
+void read_state(const std::string& path, std::int64_t bytes, std::span<const ParameterSpec> parameters,
+                const FlatLayout& layout, ShardedAdamW& optimizer)
 {
     std::error_code error;
     const auto found = fs::file_size(path, error);
     SELM_VALIDATE(!error && found == static_cast<std::uintmax_t>(bytes), ExitCode::bad_data,
                   path << " is missing or does not have the size that its manifest tells");
     const h5::File file = h5::File::open(path);
-    const std::array<std::pair<const char*, std::span<float>>, 3> targets{std::pair{"fp32", optimizer.master()},
-                                                                          std::pair{"exp_avg", optimizer.exp_avg()},
-                                                                          std::pair{"exp_avg_sq", optimizer.exp_avg_sq()}};
+    const std::array<std::pair<const char*, std::span<float>>, 3> targets{
+        std::pair{"fp32", optimizer.master()}, std::pair{"exp_avg", optimizer.exp_avg()},
+        std::pair{"exp_avg_sq", optimizer.exp_avg_sq()}};
     for (const PartSlice& slice : part_slices(parameters, layout, optimizer.state_shard())) {
-        SELM_VALIDATE(file.string_attribute(cat("/parameters/", slice.part->name), "shape") == shape_text(slice.part->shape),
+        SELM_VALIDATE(file.string_attribute(cat("/parameters/", slice.part->name), "shape") ==
+                          shape_text(slice.part->shape),
                       ExitCode::bad_data, path << ": " << slice.part->name << " has another shape than the model's");
         for (const auto& [kind, values] : targets)
             if (slice.count > 0)
@@ -140,7 +142,8 @@ void check_binding(const json& manifest, const std::string& path, const Checkpoi
 
 CheckpointStore::CheckpointStore(std::string directory, std::int64_t keep, std::span<const ParameterSpec> parameters,
                                  const FlatLayout& layout, Communicator& comm)
-    : directory_(std::move(directory)), keep_(std::max<std::int64_t>(1, keep)), parameters_(parameters), layout_(layout), comm_(comm)
+    : directory_(std::move(directory)), keep_(std::max<std::int64_t>(1, keep)), parameters_(parameters),
+      layout_(layout), comm_(comm)
 {
 }
 
@@ -159,7 +162,8 @@ std::vector<std::int64_t> CheckpointStore::steps_on_disk() const
         const std::string name = entry.path().filename().string();
         long long step = 0;
         int used = 0;
-        if (std::sscanf(name.c_str(), "step-%lld.json%n", &step, &used) == 1 && static_cast<std::size_t>(used) == name.size())
+        if (std::sscanf(name.c_str(), "step-%lld.json%n", &step, &used) == 1 &&
+            static_cast<std::size_t>(used) == name.size())
             steps.push_back(step);
     }
     std::sort(steps.rbegin(), steps.rend());
@@ -188,7 +192,8 @@ std::vector<std::string> CheckpointStore::checksums(const ShardedAdamW& optimize
     return {hex(total[0]), hex(total[1]), hex(total[2])};
 }
 
-void CheckpointStore::save(const CheckpointState& state, const CheckpointBinding& binding, const ShardedAdamW& optimizer)
+void CheckpointStore::save(const CheckpointState& state, const CheckpointBinding& binding,
+                           const ShardedAdamW& optimizer)
 {
     const std::string manifest_path = stem(state.step) + ".json";
     agree(comm_, "checkpoint directory", [&] {
@@ -205,10 +210,16 @@ void CheckpointStore::save(const CheckpointState& state, const CheckpointBinding
         if (!comm_.is_root())
             return;
         const std::string h5_path = stem(state.step) + ".h5";
-        json manifest{{"format", checkpoint_format}, {"format_version", checkpoint_version}, {"step", state.step},
-                      {"epoch", state.epoch}, {"epoch_step", state.epoch_step}, {"optimizer_steps", optimizer.steps_done()},
-                      {"file", fs::path(h5_path).filename().string()}, {"bytes", fs::file_size(h5_path)},
-                      {"elements", checkpoint_elements(parameters_)}, {"created", utc_timestamp()},
+        json manifest{{"format", checkpoint_format},
+                      {"format_version", checkpoint_version},
+                      {"step", state.step},
+                      {"epoch", state.epoch},
+                      {"epoch_step", state.epoch_step},
+                      {"optimizer_steps", optimizer.steps_done()},
+                      {"file", fs::path(h5_path).filename().string()},
+                      {"bytes", fs::file_size(h5_path)},
+                      {"elements", checkpoint_elements(parameters_)},
+                      {"created", utc_timestamp()},
                       {"software", software_version()}};
         const auto kinds = named_state(optimizer);
         for (std::size_t i = 0; i < kinds.size(); ++i)
@@ -221,15 +232,16 @@ void CheckpointStore::save(const CheckpointState& state, const CheckpointBinding
     });
 }
 
-void CheckpointStore::write_state(const std::string& path, const CheckpointState& state, const ShardedAdamW& optimizer) const
+void CheckpointStore::write_state(const std::string& path, const CheckpointState& state,
+                                  const ShardedAdamW& optimizer) const
 {
     const ShardInfo own = layout_.shard(comm_.rank());
     const std::size_t skip = own.offset - optimizer.state_shard().offset;
     const auto slices = part_slices(parameters_, layout_, own);
     h5::write_and_publish(path, comm_, "", [&](h5::File& file) {
-        file.set_attributes("/", {{"format", std::string(checkpoint_format)},
-                                  {"format_version", checkpoint_version},
-                                  {"step", state.step}});
+        file.set_attributes(
+            "/",
+            {{"format", std::string(checkpoint_format)}, {"format_version", checkpoint_version}, {"step", state.step}});
         for (const PartSlice& slice : slices) {
             for (const NamedState& kind : named_state(optimizer)) {
                 const std::string dataset = dataset_path(*slice.part, kind.name);
@@ -265,14 +277,16 @@ std::optional<CheckpointState> CheckpointStore::load_latest(const CheckpointBind
     return std::nullopt;
 }
 
-std::optional<CheckpointState> CheckpointStore::load(std::int64_t step, const CheckpointBinding& binding, ShardedAdamW& optimizer)
+std::optional<CheckpointState> CheckpointStore::load(std::int64_t step, const CheckpointBinding& binding,
+                                                     ShardedAdamW& optimizer)
 {
     const std::string path = stem(step) + ".json";
     json manifest;
     try {
         manifest = parse_manifest(root_string(comm_, "checkpoint manifest", [&] { return read_file(path); }), path);
     } catch (const Error& error) {
-        SELM_LOG(warning, "checkpoint of step " << step << " cannot be used (" << error.what() << "); trying an older one");
+        SELM_LOG(warning,
+                 "checkpoint of step " << step << " cannot be used (" << error.what() << "); trying an older one");
         return std::nullopt;
     }
     check_binding(manifest, path, binding);
@@ -284,9 +298,11 @@ std::optional<CheckpointState> CheckpointStore::load(std::int64_t step, const Ch
         const auto kinds = named_state(optimizer);
         for (std::size_t i = 0; i < kinds.size(); ++i)
             SELM_VALIDATE(manifest["checksums"].value(kinds[i].name, std::string()) == sums[i], ExitCode::bad_data,
-                          stem(step) << ".h5: the checksum of " << kinds[i].name << " does not agree with the manifest");
+                          stem(step) << ".h5: the checksum of " << kinds[i].name
+                                     << " does not agree with the manifest");
     } catch (const Error& error) {
-        SELM_LOG(warning, "checkpoint of step " << step << " cannot be used (" << error.what() << "); trying an older one");
+        SELM_LOG(warning,
+                 "checkpoint of step " << step << " cannot be used (" << error.what() << "); trying an older one");
         optimizer.reset();
         return std::nullopt;
     }

@@ -15,7 +15,8 @@ std::size_t round_up(std::size_t value, std::size_t multiple)
 
 } // namespace
 
-FlatLayout::FlatLayout(std::span<const ParameterSpec> parameters, int ranks, std::size_t alignment) : alignment_(alignment)
+FlatLayout::FlatLayout(std::span<const ParameterSpec> parameters, int ranks, std::size_t alignment)
+    : alignment_(alignment)
 {
     SELM_EXPECT(ranks >= 1 && alignment >= 1);
     offsets_.reserve(parameters.size());

@@ -100,12 +100,14 @@ void ShardedAdamW::gather(std::span<float> compute)
     if (options_.stage == 0)
         return;
     const Stopwatch time(comm_seconds_);
-    comm_.all_gather_shards(compute.subspan(reduced_.offset, reduced_.size), layout_.shard_offsets(), compute, "updated weights");
+    comm_.all_gather_shards(compute.subspan(reduced_.offset, reduced_.size), layout_.shard_offsets(), compute,
+                            "updated weights");
 }
 
 std::int64_t ShardedAdamW::bytes() const
 {
-    return static_cast<std::int64_t>((master_.size() + exp_avg_.size() + exp_avg_sq_.size() + gradient_.size()) * sizeof(float));
+    return static_cast<std::int64_t>((master_.size() + exp_avg_.size() + exp_avg_sq_.size() + gradient_.size()) *
+                                     sizeof(float));
 }
 
 } // namespace selm

@@ -12,9 +12,9 @@ struct RowLogProbs {
 };
 
 struct SelmLoss {
-    double loss = 0;      ///< dpo + optimism
-    double dpo = 0;       ///< -log sigmoid(beta * z)
-    double optimism = 0;  ///< alpha * beta * (policy_generated - reference_generated)
+    double loss = 0;                                 ///< dpo + optimism
+    double dpo = 0;                                  ///< -log sigmoid(beta * z)
+    double optimism = 0;                             ///< alpha * beta * (policy_generated - reference_generated)
     double d_best = 0, d_worst = 0, d_generated = 0; ///< d loss / d policy log-prob sums
     double reward_best = 0, reward_worst = 0;        ///< beta * (policy - reference)
 };

@@ -13,8 +13,8 @@
 
 namespace selm {
 
-/// Where training stands: what is needed besides the weights and moments to go on as if nothing had happened (the order of
-/// rows is a function of seed, iteration and epoch, so the cursor is all there is to keep of the data).
+/// Where training stands: what is needed besides the weights and moments to go on as if nothing had happened (the order
+/// of rows is a function of seed, iteration and epoch, so the cursor is all there is to keep of the data).
 struct CheckpointState {
     std::int64_t step = 0;       ///< optimizer steps done
     std::int64_t epoch = 0;      ///< 0-based epoch of the next step
@@ -35,17 +35,18 @@ using CheckpointBinding = std::vector<std::pair<std::string, std::string>>;
 class CheckpointStore {
   public:
     /// @param parameters, layout, comm borrowed. @param keep newest checkpoints that stay (>= 1). Not collective.
-    CheckpointStore(std::string directory, std::int64_t keep, std::span<const ParameterSpec> parameters, const FlatLayout& layout,
-                    Communicator& comm);
+    CheckpointStore(std::string directory, std::int64_t keep, std::span<const ParameterSpec> parameters,
+                    const FlatLayout& layout, Communicator& comm);
 
     /// Writes a checkpoint, then removes those beyond `keep`. Collective. @throws Error io on every rank; older
     /// checkpoints are then still there.
     void save(const CheckpointState& state, const CheckpointBinding& binding, const ShardedAdamW& optimizer);
 
     /**
-     * @brief Loads the newest checkpoint that is whole into the optimizer (master, moments, step count); a torn or corrupt
-     * one is passed over with a warning that says why. The caller publishes the weights. Collective.
-     * @return nothing when there is none (the state is then zero). @throws Error bad_data: the checkpoint belongs to another run (says what differs).
+     * @brief Loads the newest checkpoint that is whole into the optimizer (master, moments, step count); a torn or
+     * corrupt one is passed over with a warning that says why. The caller publishes the weights. Collective.
+     * @return nothing when there is none (the state is then zero). @throws Error bad_data: the checkpoint belongs to
+     * another run (says what differs).
      */
     std::optional<CheckpointState> load_latest(const CheckpointBinding& binding, ShardedAdamW& optimizer);
 

@@ -17,7 +17,8 @@ struct ShardInfo {
 
 /**
  * @brief Flat f32 parameter space: parameters one after another, each start aligned to `alignment` elements (padding is
- * zero), total cut into equal aligned shards (the last ones may be smaller or empty). Pure arithmetic; no communication.
+ * zero), total cut into equal aligned shards (the last ones may be smaller or empty). Pure arithmetic; no
+ * communication.
  *
  * Where a parameter stands does not depend on the number of ranks, so a flat buffer saved by N ranks is read by M.
  */
@@ -48,8 +49,9 @@ struct PartSlice {
     std::size_t count = 0;                     ///< 0: the shard holds nothing of this part
 };
 
-/// One entry per part of every parameter, in order, also where the shard holds nothing of it (collective writers need the
-/// same sequence on every rank). A part is a block of whole rows, so its elements are contiguous.
-std::vector<PartSlice> part_slices(std::span<const ParameterSpec> parameters, const FlatLayout& layout, ShardInfo shard);
+/// One entry per part of every parameter, in order, also where the shard holds nothing of it (collective writers need
+/// the same sequence on every rank). A part is a block of whole rows, so its elements are contiguous.
+std::vector<PartSlice> part_slices(std::span<const ParameterSpec> parameters, const FlatLayout& layout,
+                                   ShardInfo shard);
 
 } // namespace selm

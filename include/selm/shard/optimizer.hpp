@@ -13,9 +13,9 @@ namespace selm {
  * @brief AdamW (Loshchilov & Hutter 2019) with its state cut over the ranks (ZeRO, Rajbhandari et al. 2020).
  *
  * Stage 1: fp32 master weights and both moments of this rank's shard of the flat space; stage 0: of the whole space on
- * every rank. Both reduce gradients over the same shards in the same order, so they give the same bits. The state is only
- * addressed through `state_shard()`: stage 2 adds shards of the gradient to it (its buffer is already one), stage 3 those of
- * the compute weights.
+ * every rank. Both reduce gradients over the same shards in the same order, so they give the same bits. The state is
+ * only addressed through `state_shard()`: stage 2 adds shards of the gradient to it (its buffer is already one), stage
+ * 3 those of the compute weights.
  *
  * A step is reduce() (the caller looks at the norm and may refuse the step), then apply().
  */
@@ -24,8 +24,8 @@ class ShardedAdamW {
     struct Options {
         int stage = 1; ///< 0 | 1
         double beta1 = 0.9, beta2 = 0.999, epsilon = 1e-8, weight_decay = 0;
-        double max_grad_norm = 0;  ///< 0: no clipping; otherwise torch's coefficient min(1, max / (norm + 1e-6))
-        bool round_bf16 = false;   ///< compute weights are the master weights rounded to bf16
+        double max_grad_norm = 0; ///< 0: no clipping; otherwise torch's coefficient min(1, max / (norm + 1e-6))
+        bool round_bf16 = false;  ///< compute weights are the master weights rounded to bf16
     };
 
     /// Not collective. Master weights and moments start at zero: fill master() before the first publish().

@@ -77,7 +77,9 @@ TEST_F(LogProb, SumsAreThoseOfEachAnswerAloneAndOthersAreNaN)
             std::vector<std::int32_t> all = packed.trunk;
             all.insert(all.end(), packed.branches[0].tokens.begin(), packed.branches[0].tokens.end());
             PackedBatch batch;
-            batch.add_scored(std::span(all).first(1), std::vector<Branch>{{{all.begin() + 1, all.end()}, static_cast<std::int64_t>(packed.trunk.size()) - 1}});
+            batch.add_scored(std::span(all).first(1),
+                             std::vector<Branch>{
+                                 {{all.begin() + 1, all.end()}, static_cast<std::int64_t>(packed.trunk.size()) - 1}});
             double expected = 0;
             for (const float value : model->decoder().log_probs(batch))
                 expected += static_cast<double>(value);
@@ -85,7 +87,8 @@ TEST_F(LogProb, SumsAreThoseOfEachAnswerAloneAndOthersAreNaN)
             EXPECT_NEAR(sum, expected, 2e-5 * std::abs(expected)) << i << " " << c; // two ways through fp32 attention
         }
     }
-    EXPECT_GT(absent, 2); // the two rows without an answer, and the third answer of rows whose generated one is in the pair
+    EXPECT_GT(absent,
+              2); // the two rows without an answer, and the third answer of rows whose generated one is in the pair
 }
 
 TEST_F(LogProb, AttributesSayWhatTheyWereMadeOf)

@@ -73,7 +73,8 @@ class Train : public test::TrainingFixture {
     }
     std::vector<json> metrics(const std::string& output)
     {
-        std::istringstream in(root_string(test_world(), "metrics", [&] { return read_file(path(output) + "/metrics.jsonl"); }));
+        std::istringstream in(
+            root_string(test_world(), "metrics", [&] { return read_file(path(output) + "/metrics.jsonl"); }));
         std::vector<json> lines;
         for (std::string line; std::getline(in, line);)
             lines.push_back(json::parse(line));
@@ -95,9 +96,10 @@ TEST_F(Train, FirstLossIsLogTwoAndTheLossFalls)
     EXPECT_EQ(lines[0]["rewards/margins"], 0.0);
     EXPECT_EQ(lines[0]["loss/optimism"], 0.0);
     for (const json& line : lines)
-        for (const char* key : {"step", "epoch", "learning_rate", "loss", "loss/dpo", "loss/optimism", "rewards/chosen", "rewards/rejected",
-                                "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected", "logps/generated", "grad_norm",
-                                "tokens", "tokens_per_s", "step_s", "comm_s", "peak_bytes"})
+        for (const char* key :
+             {"step", "epoch", "learning_rate", "loss", "loss/dpo", "loss/optimism", "rewards/chosen",
+              "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected",
+              "logps/generated", "grad_norm", "tokens", "tokens_per_s", "step_s", "comm_s", "peak_bytes"})
             EXPECT_TRUE(line.contains(key) && line[key].is_number()) << key;
 }
 
@@ -143,7 +145,10 @@ TEST_F(Train, ResumedEqualsUninterrupted)
     options.max_steps = 2;
     EXPECT_EQ(together(options).outcome, Outcome::stopped);
     EXPECT_FALSE(fs::exists(path("parts/config.json")));
-    on_root([&] { std::ofstream(path("parts/metrics.jsonl"), std::ios::app) << R"({"step": 3, "loss": 9})" << "\n{\"torn"; });
+    on_root([&] {
+        std::ofstream(path("parts/metrics.jsonl"), std::ios::app) << R"({"step": 3, "loss": 9})"
+                                                                  << "\n{\"torn";
+    });
     EXPECT_EQ(together(options).outcome, Outcome::stopped);
     options.max_steps = 0;
     const TrainReport report = together(options);
@@ -154,7 +159,8 @@ TEST_F(Train, ResumedEqualsUninterrupted)
     const auto found = metrics("parts");
     ASSERT_EQ(found.size(), expected.size());
     for (std::size_t i = 0; i < found.size(); ++i)
-        for (const char* key : {"step", "epoch", "learning_rate", "loss", "grad_norm", "tokens", "rewards/margins", "logps/generated"})
+        for (const char* key :
+             {"step", "epoch", "learning_rate", "loss", "grad_norm", "tokens", "rewards/margins", "logps/generated"})
             EXPECT_EQ(found[i][key], expected[i][key]) << i << " " << key;
 }
 

@@ -29,7 +29,8 @@ class TrainingFixture : public ::testing::Test {
   protected:
     static constexpr std::int64_t row_count = 11;
 
-    /// Files that all tests begin with are made once: model/, prefs.h5, iter.h5 (ranked) and scored.h5 (with log-probs).
+    /// Files that all tests begin with are made once: model/, prefs.h5, iter.h5 (ranked) and scored.h5 (with
+    /// log-probs).
     static void SetUpTestSuite()
     {
         base_ = std::make_unique<SharedDirectory>(test_world());
@@ -37,7 +38,8 @@ class TrainingFixture : public ::testing::Test {
             if (test_world().is_root())
                 make_tiny_model(base_->path("model"));
         });
-        write_preferences(base_->path("prefs.h5"), test_world().is_root() ? preference_rows() : std::vector<PreferenceRow>(), {}, test_world());
+        write_preferences(base_->path("prefs.h5"),
+                          test_world().is_root() ? preference_rows() : std::vector<PreferenceRow>(), {}, test_world());
         make_iteration(base_->path("prefs.h5"), base_->path("iter.h5"));
         rank(base_->path("iter.h5"), base_->path("scores.jsonl"), "best-worst");
         agree(test_world(), "copy", [] {
@@ -123,7 +125,10 @@ class TrainingFixture : public ::testing::Test {
             if (!test_world().is_root())
                 continue;
             const bool none = i == 3 || i == 8;
-            answers.push_back({.row = i, .text = none ? "" : cat("answer ", i), .tokens = {}, .logprobs = {},
+            answers.push_back({.row = i,
+                               .text = none ? "" : cat("answer ", i),
+                               .tokens = {},
+                               .logprobs = {},
                                .finish_reason = none ? FinishReason::none : FinishReason::elsewhere});
         }
         write_iteration(file, prefs, rows, answers, {}, {}, test_world());
@@ -136,7 +141,8 @@ class TrainingFixture : public ::testing::Test {
                 return;
             std::ofstream scores(scores_file);
             for (std::int64_t i = 0; i < row_count; ++i) {
-                const double generated = i == 3 || i == 8 ? std::nan("") : static_cast<double>(i % 3); // best, middle or worst
+                const double generated =
+                    i == 3 || i == 8 ? std::nan("") : static_cast<double>(i % 3); // best, middle or worst
                 scores << R"({"prompt_id": "id)" << i << R"(", "scores": [)";
                 if (std::isnan(generated))
                     scores << "null";
@@ -171,7 +177,8 @@ class TrainingFixture : public ::testing::Test {
         } catch (const Error& caught) {
             error.emplace(caught);
         }
-        const auto ranks = all_reduce_value(test_world(), std::int64_t{error ? 1 : 0}, ReduceOp::sum, "ranks with an error");
+        const auto ranks =
+            all_reduce_value(test_world(), std::int64_t{error ? 1 : 0}, ReduceOp::sum, "ranks with an error");
         ASSERT_EQ(ranks, test_world().size()) << "no error where one was expected: " << words.front();
         EXPECT_EQ(error->code(), code) << error->what();
         for (const std::string& word : words)

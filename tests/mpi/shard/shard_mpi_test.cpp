@@ -26,7 +26,8 @@ Trained train(Communicator& comm, const std::vector<ParameterSpec>& parameters, 
     Trained out;
     out.compute.resize(layout.total());
     for (std::uint32_t step = 0; step < 4; ++step) {
-        const auto gradient = test::toy_flat(parameters, layout, 100 + 10 * step + static_cast<std::uint32_t>(comm.rank()));
+        const auto gradient =
+            test::toy_flat(parameters, layout, 100 + 10 * step + static_cast<std::uint32_t>(comm.rank()));
         out.norms.push_back(optimizer.reduce(gradient));
         optimizer.apply(0.01, out.compute);
     }
@@ -57,7 +58,8 @@ TEST(ShardedAdamWMpi, EqualsOneRankWithTheSummedGradient)
     for (std::uint32_t step = 0; step < 4; ++step) {
         std::vector<float> sum(layout.total(), 0.0F);
         for (int rank = 0; rank < comm.size(); ++rank) {
-            const auto gradient = test::toy_flat(parameters, layout, 100 + 10 * step + static_cast<std::uint32_t>(rank));
+            const auto gradient =
+                test::toy_flat(parameters, layout, 100 + 10 * step + static_cast<std::uint32_t>(rank));
             for (std::size_t i = 0; i < sum.size(); ++i)
                 sum[i] += gradient[i]; // in rank order, as the reduction promises
         }

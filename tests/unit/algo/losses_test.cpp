@@ -14,8 +14,13 @@ constexpr double nan_value = std::numeric_limits<double>::quiet_NaN();
 
 RowLogProbs some_row()
 {
-    return {.policy_best = -41.5, .policy_worst = -63.25, .policy_generated = -50.125,
-            .reference_best = -40.0, .reference_worst = -60.0, .reference_generated = -52.0, .has_generated = true};
+    return {.policy_best = -41.5,
+            .policy_worst = -63.25,
+            .policy_generated = -50.125,
+            .reference_best = -40.0,
+            .reference_worst = -60.0,
+            .reference_generated = -52.0,
+            .has_generated = true};
 }
 
 TEST(SelmLoss, BetaZeroGivesLogTwoAndNoGradient)
@@ -76,8 +81,8 @@ TEST(SelmLoss, WithoutGeneratedAnswerTheOptimismTermIsAbsent)
 
 TEST(SelmLoss, NanOfAReadLogProbIsNotHidden)
 {
-    for (double RowLogProbs::*field : {&RowLogProbs::policy_best, &RowLogProbs::policy_worst, &RowLogProbs::reference_best,
-                                       &RowLogProbs::policy_generated}) {
+    for (double RowLogProbs::*field : {&RowLogProbs::policy_best, &RowLogProbs::policy_worst,
+                                       &RowLogProbs::reference_best, &RowLogProbs::policy_generated}) {
         RowLogProbs row = some_row();
         row.*field = nan_value;
         EXPECT_TRUE(std::isnan(selm_loss(row, 0.1, 0.1).loss));
@@ -125,7 +130,8 @@ TEST(BradleyTerryLoss, ClosedFormAndDerivatives)
     const BradleyTerryLoss loss = bradley_terry_loss(0.25, -1.0);
     EXPECT_NEAR(loss.loss, std::log(1 + std::exp(-1.25)), 1e-15);
     const double h = 1e-5;
-    EXPECT_NEAR(loss.d_best, (bradley_terry_loss(0.25 + h, -1).loss - bradley_terry_loss(0.25 - h, -1).loss) / (2 * h), 1e-9);
+    EXPECT_NEAR(loss.d_best, (bradley_terry_loss(0.25 + h, -1).loss - bradley_terry_loss(0.25 - h, -1).loss) / (2 * h),
+                1e-9);
     EXPECT_DOUBLE_EQ(loss.d_worst, -loss.d_best);
     EXPECT_DOUBLE_EQ(bradley_terry_loss(-1e5, 1e5).loss, 2e5);
 }

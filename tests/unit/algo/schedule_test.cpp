@@ -13,7 +13,8 @@
 namespace selm {
 namespace {
 
-// The table is made by tests/oracle/make_schedule_golden.py, which writes its versions of torch and transformers into it.
+// The table is made by tests/oracle/make_schedule_golden.py, which writes its versions of torch and transformers into
+// it.
 TEST(LearningRate, EqualsTransformersSchedulers)
 {
     std::ifstream file(SELM_SOURCE_DIR "/tests/unit/algo/schedule_golden.json");

@@ -175,7 +175,8 @@ TEST_F(Checkpoint, AnotherRunsCheckpointIsRefusedNamingTheDifference)
         FAIL() << "no error";
     } catch (const Error& error) {
         EXPECT_EQ(error.code(), ExitCode::bad_data);
-        EXPECT_NE(std::string(error.what()).find("its policy is def, this run's is other"), std::string::npos) << error.what();
+        EXPECT_NE(std::string(error.what()).find("its policy is def, this run's is other"), std::string::npos)
+            << error.what();
     }
 }
 

@@ -19,7 +19,8 @@ struct PlainAdamW {
         w *= 1 - rate * o.weight_decay;
         m = o.beta1 * m + (1 - o.beta1) * g;
         v = o.beta2 * v + (1 - o.beta2) * g * g;
-        w -= rate / (1 - std::pow(o.beta1, count)) * m / (std::sqrt(v) / std::sqrt(1 - std::pow(o.beta2, count)) + o.epsilon);
+        w -= rate / (1 - std::pow(o.beta1, count)) * m /
+             (std::sqrt(v) / std::sqrt(1 - std::pow(o.beta2, count)) + o.epsilon);
     }
 };
 

@@ -36,8 +36,8 @@ inline float toy_value(std::uint32_t purpose, std::size_t element)
 }
 
 /// A flat buffer of the layout with values in parameters and zeros in the padding.
-inline std::vector<float> toy_flat(const std::vector<ParameterSpec>& parameters, const FlatLayout& layout, std::uint32_t purpose,
-                                   float scale = 1)
+inline std::vector<float> toy_flat(const std::vector<ParameterSpec>& parameters, const FlatLayout& layout,
+                                   std::uint32_t purpose, float scale = 1)
 {
     std::vector<float> flat(layout.total(), 0.0F);
     for (std::size_t p = 0; p < parameters.size(); ++p)
