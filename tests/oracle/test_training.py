@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(os.environ.get("SELM_BIN_DIR", ROOT / "build" / "release" / "bin"))
 SMOLLM2 = Path(os.environ.get("SELM_SMOLLM2_DIR", ROOT / "build" / "models" / "smollm2"))
 SAMPLE = ROOT / "data" / "ultrafeedback_sample.jsonl"
-ALPHA, BETA, RATE = 0.1, 0.1, 1e-4  # larger than the recipe's alpha, so that a wrong optimism term shows
+BETA, RATE = 0.1, 1e-4
 
 pytestmark = pytest.mark.skipif(not (BIN / "selm_train").exists(), reason=f"the programs are not built in {BIN}")
 needs_smollm2 = pytest.mark.skipif(not (SMOLLM2 / "model.safetensors").exists(),
@@ -50,6 +50,7 @@ class Case:
     lines: list
     max_length: int
     max_prompt_length: int
+    alpha: float = 0.1  # larger than the recipe's, so that a wrong optimism term shows
     rows: list = field(default_factory=list)
 
     @property
@@ -88,7 +89,7 @@ class Case:
 
     def train(self, name, *arguments, expect=0, ranks=1, rate=RATE):
         output = self.directory / name
-        result = run("selm_train", "--iter", self.iter_h5, "--policy", self.model, "--output", output, *self.common, "--alpha", ALPHA,
+        result = run("selm_train", "--iter", self.iter_h5, "--policy", self.model, "--output", output, *self.common, "--alpha", self.alpha,
                      "--beta", BETA, "--learning-rate", rate, "--schedule", "constant", "--warmup-ratio", "0", "--shuffle", "off",
                      "--global-batch", len(self.rows), "--epochs", 5, "--save-dtype", "fp32", *arguments, ranks=ranks)
         assert result.returncode == expect, result.stderr
@@ -113,12 +114,12 @@ def make_tiny(directory: Path) -> Path:
 
 @pytest.fixture(scope="module", params=["tiny", pytest.param("smollm2", marks=needs_smollm2)])
 def case(request, tmp_path_factory):
-    torch.set_num_threads(2)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     directory = tmp_path_factory.mktemp(request.param)
     if request.param == "tiny":
         made = Case(directory, make_tiny(directory / "model"), list(range(6)), 128, 64)
     else:
-        made = Case(directory, SMOLLM2, [3, 5, 7, 11], 72, 40)
+        made = Case(directory, SMOLLM2, [3, 5, 7, 11], 72, 40, alpha=0.001)
     made.prepare()
     yield made
     shutil.rmtree(directory)
@@ -163,9 +164,10 @@ def checkpoint(path, kind):
 
 def test_gradient_at_a_policy_that_differs_from_the_reference(case, start_log_probs):
     # With beta1 = 0 the first moment is the gradient itself. The checkpoint of step 1 has the policy of step 2, that of
-    # step 2 its gradient.
+    # step 2 its gradient. SmolLM2 moves a little only: an Adam step of 1e-4 on every weight already breaks it, and a broken
+    # model's gradient is ill-conditioned in fp32 (4e-4 between the two implementations).
     output = case.train("gradient", "--adam-beta1", "0", "--checkpoint-every", "1", "--max-steps", "2", expect=75,
-                        rate=RATE if case.model == SMOLLM2 else 10 * RATE)
+                        rate=RATE / 10 if case.model == SMOLLM2 else 10 * RATE)
     policy = checkpoint(output / "checkpoints" / "step-000001.h5", "fp32")
     found = checkpoint(output / "checkpoints" / "step-000002.h5", "exp_avg")
     model = reference.load(case.model)
@@ -175,7 +177,7 @@ def test_gradient_at_a_policy_that_differs_from_the_reference(case, start_log_pr
             moved += (policy[name] - parameter).double().norm().item() ** 2
             parameter.copy_(policy[name])
     assert moved > 0
-    loss, expected = reference.gradient(model, case.encoding(), case.rows, start_log_probs, ALPHA, BETA)
+    loss, expected = reference.gradient(model, case.encoding(), case.rows, start_log_probs, case.alpha, BETA)
     line = json.loads((output / "metrics.jsonl").read_text().splitlines()[1])
     # beta times sums of about 100 that agree to 1e-6 or so, and terms that cancel.
     assert line["loss"] == pytest.approx(loss, abs=2e-5)
@@ -194,7 +196,7 @@ def test_five_steps(case, trained, start_log_probs):
     output, losses = trained
     start = {name: p.detach().clone() for name, p in reference.load(case.model).named_parameters()}
     model = reference.load(case.model)
-    expected_losses = reference.train(model, case.encoding(), [case.rows] * 5, ALPHA, BETA, RATE, [start_log_probs] * 5)
+    expected_losses = reference.train(model, case.encoding(), [case.rows] * 5, case.alpha, BETA, RATE, [start_log_probs] * 5)
     assert losses[0] == pytest.approx(np.log(2), abs=1e-12)
     assert losses == pytest.approx(expected_losses, abs=1e-3)
     assert losses[-1] < losses[0] - 0.01
