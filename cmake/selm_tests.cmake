@@ -88,7 +88,7 @@ if(SELM_REFERENCE_PYTHON)
         cmake_path(GET source STEM name)
         string(REGEX REPLACE "^test_" "" name "${name}")
         add_test(NAME oracle_${name} COMMAND ${SELM_REFERENCE_PYTHON} -m pytest -q -p no:cacheprovider "${source}")
-        set_tests_properties(oracle_${name} PROPERTIES LABELS oracle TIMEOUT 900 ENVIRONMENT "${selm_test_environment}")
+        set_tests_properties(oracle_${name} PROPERTIES LABELS oracle TIMEOUT 1800 ENVIRONMENT "${selm_test_environment}")
     endforeach()
 endif()
 

@@ -71,8 +71,10 @@ def selm_loss(policy, reference, alpha, beta):
     return dpo + optimism, z
 
 
-def load(directory):
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+def load(directory, dtype=torch.float64):
+    """In float64, so that what differs is the other side's rounding alone (transformers takes norms and softmax in float32
+    even then)."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="eager")
     return model.eval()
 
 
