@@ -165,7 +165,7 @@ def checkpoint(path, kind):
 
 def test_gradient_at_a_policy_that_differs_from_the_reference(case, start_log_probs):
     # With beta1 = 0 the first moment is the gradient itself. The checkpoint of step 1 has the policy of step 2, that of
-    # step 2 its gradient. SmolLM2 moves a little only: an Adam step of 1e-4 on every weight breaks it. The reference runs in
+    # step 2 its gradient. SmolLM2's move is smaller (1e-5) and its alpha the recipe's. The reference runs in
     # float64: PyTorch's own padded fp32 pass is up to 2.9e-4 away from it here.
     output = case.train("gradient", "--adam-beta1", "0", "--checkpoint-every", "1", "--max-steps", "2", expect=75,
                         rate=RATE / 10 if case.model == SMOLLM2 else 10 * RATE)
