@@ -9,13 +9,20 @@
 #include "selm/base/error.hpp"
 #include "selm/base/files.hpp"
 #include "selm/text/tokenizer.hpp"
+#include "selm/text/utf8.hpp"
 
 namespace selm {
 
-/// What distinguishes one ChatML dialect from another.
 struct ChatFormat::Definition {
     std::string_view name;
-    std::string_view default_system; ///< inserted where the first message is not a system's; empty: nothing is inserted
+    std::string (*render)(std::span<const Message> messages, bool add_generation_prompt);
+    std::string_view end_of_turn;
+    std::string_view beginning; ///< first token of a rendered conversation; empty: none
+    std::string_view bos;       ///< text that stands where the template has bos_token; empty: nowhere
+    std::string_view eos;
+    std::optional<std::int32_t> bos_id; ///< of the models that the format comes from
+    std::optional<std::int32_t> eos_id;
+    std::string_view source; ///< the Jinja template
 };
 
 namespace {
@@ -23,19 +30,6 @@ namespace {
 using Json = nlohmann::json;
 
 constexpr std::string_view smollm2_system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face";
-
-constexpr std::array<ChatFormat::Definition, 2> definitions{{
-    {"chatml", ""},
-    {"chatml-smollm2", smollm2_system},
-}};
-
-std::string list_of_names()
-{
-    std::string list;
-    for (const ChatFormat::Definition& definition : definitions)
-        list += (list.empty() ? "" : ", ") + std::string(definition.name);
-    return list;
-}
 
 std::string_view role_name(Role role)
 {
@@ -50,9 +44,124 @@ std::string_view role_name(Role role)
     throw internal_error(cat("there is no role ", static_cast<int>(role)));
 }
 
-void append_turn(std::string& out, std::string_view role, std::string_view content)
+void append_chatml_turn(std::string& out, std::string_view role, std::string_view content)
 {
     out.append("<|im_start|>").append(role).append("\n").append(content).append("<|im_end|>\n");
+}
+
+std::string render_chatml(std::span<const Message> messages, bool add_generation_prompt)
+{
+    std::string out;
+    for (const Message& message : messages)
+        append_chatml_turn(out, role_name(message.role), message.content);
+    if (add_generation_prompt)
+        out += "<|im_start|>assistant\n";
+    return out;
+}
+
+std::string render_smollm2(std::span<const Message> messages, bool add_generation_prompt)
+{
+    std::string out;
+    if (!messages.empty() && messages.front().role != Role::system)
+        append_chatml_turn(out, "system", smollm2_system);
+    return out + render_chatml(messages, add_generation_prompt);
+}
+
+/// Zephyr's header belongs to the last message: an empty conversation has none.
+std::string render_zephyr(std::span<const Message> messages, bool add_generation_prompt)
+{
+    std::string out;
+    for (const Message& message : messages)
+        out.append("<|").append(role_name(message.role)).append("|>\n").append(message.content).append("</s>\n");
+    if (add_generation_prompt && !messages.empty())
+        out += "<|assistant|>\n";
+    return out;
+}
+
+void append_llama3_header(std::string& out, std::string_view role)
+{
+    out.append("<|start_header_id|>").append(role).append("<|end_header_id|>\n\n");
+}
+
+std::string render_llama3(std::span<const Message> messages, bool add_generation_prompt)
+{
+    std::string out = messages.empty() ? "" : "<|begin_of_text|>";
+    for (const Message& message : messages) {
+        append_llama3_header(out, role_name(message.role));
+        out.append(strip_whitespace(message.content)).append("<|eot_id|>");
+    }
+    if (add_generation_prompt)
+        append_llama3_header(out, "assistant");
+    return out;
+}
+
+std::string render_phi3(std::span<const Message> messages, bool add_generation_prompt)
+{
+    std::string out;
+    for (const Message& message : messages)
+        out.append("<|").append(role_name(message.role)).append("|>\n").append(message.content).append("<|end|>\n");
+    return out += add_generation_prompt ? "<|assistant|>\n" : "<|endoftext|>";
+}
+
+std::string render_phi3_first(std::span<const Message> messages, bool /*add_generation_prompt*/)
+{
+    std::string out = "<s>";
+    for (const Message& message : messages) {
+        if (message.role == Role::user)
+            out.append("<|user|>\n").append(message.content).append("<|end|>\n<|assistant|>\n");
+        else if (message.role == Role::assistant)
+            out.append(message.content).append("<|end|>\n");
+    }
+    return out;
+}
+
+// Templates as the models' tokenizer_config.json have them, FIELD(x) for message['x'] or message.x.
+constexpr std::string_view chatml_template =
+    "{% for message in messages %}{{ '<|im_start|>' + FIELD(role) + '\\n' + FIELD(content) + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}";
+constexpr std::string_view smollm2_template =
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\n"
+    "You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\\n' }}{% endif %}"
+    "{{ '<|im_start|>' + FIELD(role) + '\\n' + FIELD(content) + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}";
+constexpr std::string_view zephyr_template =
+    "{% for message in messages %}\n"
+    "{% if FIELD(role) == 'user' %}\n{{ '<|user|>\\n' + FIELD(content) + eos_token }}\n"
+    "{% elif FIELD(role) == 'system' %}\n{{ '<|system|>\\n' + FIELD(content) + eos_token }}\n"
+    "{% elif FIELD(role) == 'assistant' %}\n{{ '<|assistant|>\\n' + FIELD(content) + eos_token }}\n"
+    "{% endif %}\n{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}";
+constexpr std::string_view llama3_template =
+    "{% set loop_messages = messages %}{% for message in loop_messages %}"
+    "{% set content = '<|start_header_id|>' + FIELD(role) + '<|end_header_id|>\\n\\n' + FIELD(content) | trim + "
+    "'<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}";
+constexpr std::string_view phi3_template =
+    "{% for message in messages %}"
+    "{% if FIELD(role) == 'system' %}{{ '<|system|>\\n' + FIELD(content) + '<|end|>\\n' }}"
+    "{% elif FIELD(role) == 'user' %}{{ '<|user|>\\n' + FIELD(content) + '<|end|>\\n' }}"
+    "{% elif FIELD(role) == 'assistant' %}{{ '<|assistant|>\\n' + FIELD(content) + '<|end|>\\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}{% endif %}";
+constexpr std::string_view phi3_first_template =
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if (FIELD(role) == 'user') %}{{ '<|user|>\\n' + FIELD(content) + '<|end|>\\n<|assistant|>\\n' }}"
+    "{% elif (FIELD(role) == 'assistant') %}{{ FIELD(content) + '<|end|>\\n' }}{% endif %}{% endfor %}";
+
+constexpr std::array<ChatFormat::Definition, 6> definitions{{
+    {"chatml", render_chatml, "<|im_end|>", "", "", "", {}, {}, chatml_template},
+    {"chatml-smollm2", render_smollm2, "<|im_end|>", "", "", "", {}, {}, smollm2_template},
+    {"zephyr", render_zephyr, "</s>", "", "", "</s>", 1, 2, zephyr_template},
+    {"llama3", render_llama3, "<|eot_id|>", "<|begin_of_text|>", "<|begin_of_text|>", "", 128000, 128009,
+     llama3_template},
+    {"phi3", render_phi3, "<|end|>", "", "", "<|endoftext|>", 1, 32000, phi3_template},
+    {"phi3-2024-04", render_phi3_first, "<|end|>", "<s>", "<s>", "", 1, 32000, phi3_first_template},
+}};
+
+std::string list_of_names()
+{
+    std::string list;
+    for (const ChatFormat::Definition& definition : definitions)
+        list += (list.empty() ? "" : ", ") + std::string(definition.name);
+    return list;
 }
 
 struct Template {
@@ -190,33 +299,43 @@ std::string canonical(std::string_view source)
     }
 }
 
+/// A template with FIELD(x) as message['x'] or message.x.
+std::string with_fields(std::string_view source, std::string_view before, std::string_view after)
+{
+    std::string out(source);
+    for (std::size_t at = 0; (at = out.find("FIELD(", at)) != std::string::npos;) {
+        const std::size_t end = out.find(')', at);
+        const std::string field = cat("message", before, std::string_view(out).substr(at + 6, end - at - 6), after);
+        out.replace(at, end + 1 - at, field);
+    }
+    return out;
+}
+
 /// The format whose template prints the same as @p source; null where none is known to.
 const ChatFormat::Definition* match(std::string_view source)
 {
-    constexpr std::string_view loop = "{% for message in messages %}";
-    constexpr std::string_view turn = "{{ '<|im_start|>' + ROLE + '\\n' + CONTENT + '<|im_end|>\\n' }}{% endfor %}";
-    constexpr std::string_view header = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}";
     constexpr std::string_view no_header =
         "{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}";
-    const auto with_fields = [&](std::string_view role, std::string_view content) {
-        std::string text(turn);
-        text.replace(text.find("ROLE"), 4, role);
-        return text.replace(text.find("CONTENT"), 7, content);
-    };
     const std::string given = canonical(source);
-    for (const ChatFormat::Definition& definition : definitions) {
-        const std::string first =
-            definition.default_system.empty()
-                ? std::string()
-                : cat("{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\n",
-                      definition.default_system, "<|im_end|>\\n' }}{% endif %}");
+    for (const ChatFormat::Definition& definition : definitions)
         for (const std::string_view beginning : {std::string_view(), no_header})
             for (const std::string& body :
-                 {with_fields("message['role']", "message['content']"), with_fields("message.role", "message.content")})
-                if (given == canonical(cat(beginning, loop, first, body, header)))
+                 {with_fields(definition.source, "['", "']"), with_fields(definition.source, ".", "")})
+                if (given == canonical(cat(beginning, body)))
                     return &definition;
-    }
     return nullptr;
+}
+
+/// A template writes bos_token or eos_token where the format has a fixed text: @p id must be that token.
+void check_token(const ChatFormat::Definition& definition, const std::string& directory, const Tokenizer& tokenizer,
+                 const char* what, std::optional<std::int32_t> id, std::string_view wanted)
+{
+    if (wanted.empty() || !id || tokenizer.token_text(*id) == wanted)
+        return;
+    throw config_error(cat(directory, ": the chat template is that of the format ", definition.name, ", but the ", what,
+                           " is ", tokenizer.token_text(*id).value_or(cat("the unknown id ", *id)), " in place of ",
+                           wanted, " (the prompts would differ from those the model was trained on). ",
+                           "Pass --chat-format NAME, one of: ", list_of_names()));
 }
 
 } // namespace
@@ -244,6 +363,8 @@ ChatFormat ChatFormat::recognise(const std::string& directory, const Tokenizer& 
         throw config_error(
             cat(directory, ": the chat format ", format.name(), " ends answers with ", format.end_of_turn(),
                 ", which the tokenizer does not have. Pass another --chat-format NAME, one of: ", list_of_names()));
+    check_token(*definition, directory, tokenizer, "BOS token", tokenizer.bos_id(), definition->bos);
+    check_token(*definition, directory, tokenizer, "EOS token", tokenizer.eos_id(), definition->eos);
     return format;
 }
 
@@ -262,24 +383,22 @@ std::string ChatFormat::name() const
 
 std::string ChatFormat::render(std::span<const Message> messages, bool add_generation_prompt) const
 {
-    std::string out;
-    if (!definition_->default_system.empty() && !messages.empty() && messages.front().role != Role::system)
-        append_turn(out, "system", definition_->default_system);
-    for (const Message& message : messages)
-        append_turn(out, role_name(message.role), message.content);
-    if (add_generation_prompt)
-        out += "<|im_start|>assistant\n";
-    return out;
+    return definition_->render(messages, add_generation_prompt);
 }
 
 std::string ChatFormat::end_of_turn() const
 {
-    return "<|im_end|>";
+    return std::string(definition_->end_of_turn);
 }
 
 std::optional<std::string> ChatFormat::beginning_of_sequence() const
 {
-    return std::nullopt;
+    return definition_->beginning.empty() ? std::nullopt : std::optional(std::string(definition_->beginning));
+}
+
+SpecialIds ChatFormat::default_special_ids() const
+{
+    return {definition_->bos_id, definition_->eos_id};
 }
 
 } // namespace selm

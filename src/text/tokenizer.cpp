@@ -7,6 +7,7 @@
 #include "selm/base/files.hpp"
 #include "selm/text/utf8.hpp"
 #include "tokenizer_reader.hpp"
+#include "tokenizer_settings.hpp"
 
 namespace selm {
 namespace {
@@ -70,6 +71,41 @@ struct Tokenizer::Data {
         }
     }
 
+    std::optional<std::int32_t> find(std::string_view token) const
+    {
+        if (const auto added = added_ids.find(token); added != added_ids.end())
+            return added->second;
+        const auto& vocabulary = parts.model->vocabulary();
+        const auto found = vocabulary.find(token);
+        return found != vocabulary.end() ? std::optional(found->second) : std::nullopt;
+    }
+
+    /// BOS or EOS: the token that a file beside the tokenizer names, else the id that config.json has.
+    std::optional<std::int32_t> find_special(const std::optional<std::string>& token, std::optional<std::int32_t> id,
+                                             const char* what) const
+    {
+        if (!token)
+            return id;
+        if (const std::optional<std::int32_t> found = find(*token))
+            return found;
+        throw config_error(cat("the ", what, " \"", *token,
+                               "\" of tokenizer_config.json or special_tokens_map.json is not in the tokenizer's "
+                               "vocabulary (the model has no embedding for it)"));
+    }
+
+    void apply(const text::TokenizerSettings& settings)
+    {
+        bos = find_special(settings.bos_token, settings.bos_id, "bos_token");
+        eos = find_special(settings.eos_token, settings.eos_id, "eos_token");
+        if (!settings.add_bos_token && !settings.add_eos_token)
+            return;
+        parts.frame = {}; // as transformers: these entries replace the post-processor
+        if (settings.add_bos_token.value_or(false) && bos)
+            parts.frame.before.push_back(*bos);
+        if (settings.add_eos_token.value_or(false) && eos)
+            parts.frame.after.push_back(*eos);
+    }
+
     void put(std::int32_t id, const std::string& token)
     {
         if (texts.size() <= static_cast<std::size_t>(id))
@@ -117,6 +153,8 @@ struct Tokenizer::Data {
     text::StringMap<std::int32_t> added_ids;
     std::vector<std::optional<std::string>> texts; ///< by id
     std::vector<bool> special;                     ///< by id
+    std::optional<std::int32_t> bos;
+    std::optional<std::int32_t> eos;
     mutable ScratchPool pool;
 };
 
@@ -134,7 +172,9 @@ Tokenizer Tokenizer::from_directory(const std::string& directory)
     } catch (const Error& error) {
         throw config_error(cat(error.what(), ". A model directory needs the Hugging Face tokenizer.json"));
     }
-    return from_json(json, path);
+    auto data = std::make_unique<Data>(text::read_tokenizer_json(json, path));
+    with_context(directory, [&] { data->apply(text::read_tokenizer_settings(directory)); });
+    return Tokenizer(std::move(data));
 }
 
 Tokenizer Tokenizer::from_json(std::string_view json, const std::string& name)
@@ -156,6 +196,15 @@ std::vector<std::int32_t> Tokenizer::encode(std::string_view text, SpecialText s
     return ids;
 }
 
+std::vector<std::int32_t> Tokenizer::encode_with_special_tokens(std::string_view text) const
+{
+    std::vector<std::int32_t> ids = data_->parts.frame.before;
+    const std::vector<std::int32_t> inner = encode(text);
+    ids.insert(ids.end(), inner.begin(), inner.end());
+    ids.insert(ids.end(), data_->parts.frame.after.begin(), data_->parts.frame.after.end());
+    return ids;
+}
+
 std::string Tokenizer::decode(std::span<const std::int32_t> ids, SpecialTokens special) const
 {
     std::vector<std::string_view> tokens;
@@ -170,12 +219,7 @@ std::string Tokenizer::decode(std::span<const std::int32_t> ids, SpecialTokens s
 
 std::optional<std::int32_t> Tokenizer::token_id(std::string_view token) const
 {
-    if (const auto added = data_->added_ids.find(token); added != data_->added_ids.end())
-        return added->second;
-    const auto& vocabulary = data_->parts.model->vocabulary();
-    if (const auto found = vocabulary.find(token); found != vocabulary.end())
-        return found->second;
-    return std::nullopt;
+    return data_->find(token);
 }
 
 std::optional<std::string> Tokenizer::token_text(std::int32_t id) const
@@ -193,6 +237,16 @@ bool Tokenizer::is_special(std::int32_t id) const
 {
     const auto index = static_cast<std::size_t>(id);
     return id >= 0 && index < data_->special.size() && data_->special[index];
+}
+
+std::optional<std::int32_t> Tokenizer::bos_id() const
+{
+    return data_->bos;
+}
+
+std::optional<std::int32_t> Tokenizer::eos_id() const
+{
+    return data_->eos;
 }
 
 } // namespace selm

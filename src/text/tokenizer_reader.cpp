@@ -3,68 +3,10 @@
 #include <map>
 #include <utility>
 
-#include <nlohmann/json.hpp>
-
-#include "selm/base/error.hpp"
-#include "selm/text/utf8.hpp"
+#include "tokenizer_json.hpp"
 
 namespace selm::text {
 namespace {
-
-using Json = nlohmann::json;
-
-constexpr std::int64_t most_ids = 1 << 24; ///< guards memory against an absurd id
-
-Error unsupported(std::string_view what, std::string_view supported)
-{
-    return config_error(
-        cat(what, " is not supported (the ids would differ from Hugging Face's). Supported: ", supported));
-}
-
-/// The entry @p key of @p object. @throws Error configuration naming it when it is absent.
-const Json& need(const Json& object, const char* key, std::string_view where)
-{
-    const auto found = object.find(key);
-    if (!object.is_object() || found == object.end())
-        throw config_error(cat("the entry ", where, ".", key, " is missing"));
-    return *found;
-}
-
-std::string need_string(const Json& object, const char* key, std::string_view where)
-{
-    const Json& value = need(object, key, where);
-    if (!value.is_string())
-        throw config_error(cat("the entry ", where, ".", key, " is not a string"));
-    return value.get<std::string>();
-}
-
-bool flag(const Json& object, const char* key, bool missing, std::string_view where)
-{
-    const auto found = object.find(key);
-    if (found == object.end() || found->is_null())
-        return missing;
-    if (!found->is_boolean())
-        throw config_error(cat("the entry ", where, ".", key, " is neither true nor false"));
-    return found->get<bool>();
-}
-
-std::int32_t token_id(const Json& value, std::string_view token)
-{
-    if (!value.is_number_integer() || value.get<std::int64_t>() < 0 || value.get<std::int64_t>() >= most_ids)
-        throw config_error(cat("the id of the token \"", token, "\" is not a number from 0 to ", most_ids - 1));
-    return static_cast<std::int32_t>(value.get<std::int64_t>());
-}
-
-bool is_absent(const Json& object, const char* key)
-{
-    const auto found = object.find(key);
-    return found == object.end() || found->is_null();
-}
-
-std::string type_of(const Json& component, std::string_view where)
-{
-    return need_string(component, "type", where);
-}
 
 std::vector<AddedToken> read_added_tokens(const Json& root)
 {
@@ -75,14 +17,8 @@ std::vector<AddedToken> read_added_tokens(const Json& root)
     if (!list.is_array())
         throw config_error("the entry added_tokens is not a list");
     for (const Json& entry : list) {
-        AddedToken token;
-        token.content = need_string(entry, "content", "added_tokens[]");
+        AddedToken token = read_added_token(entry, "added_tokens[]");
         token.id = token_id(need(entry, "id", "added_tokens[]"), token.content);
-        token.special = flag(entry, "special", false, "added_tokens[]");
-        token.single_word = flag(entry, "single_word", false, "added_tokens[]");
-        token.lstrip = flag(entry, "lstrip", false, "added_tokens[]");
-        token.rstrip = flag(entry, "rstrip", false, "added_tokens[]");
-        token.normalized = flag(entry, "normalized", !token.special, "added_tokens[]");
         if (!token.content.empty()) // `tokenizers` leaves these out
             tokens.push_back(std::move(token));
     }
@@ -169,6 +105,50 @@ std::unique_ptr<TokenDecoder> read_decoder(const Json& root)
     throw unsupported(cat("the decoder ", type), "ByteLevel, null");
 }
 
+/// The template for a single text: special tokens around $A.
+TextFrame read_template(const Json& component)
+{
+    const std::string where = "post_processor(TemplateProcessing)";
+    TextFrame frame;
+    bool seen = false;
+    for (const Json& piece : need_list(component, "single", where)) {
+        if (piece.is_object() && piece.contains("Sequence")) {
+            if (seen || need_string(piece["Sequence"], "id", where + ".Sequence") != "A")
+                throw unsupported(cat("the template ", component["single"].dump(), " of the post-processor"),
+                                  "special tokens around one sequence A");
+            seen = true;
+            continue;
+        }
+        const std::string name = need_string(need(piece, "SpecialToken", where), "id", where + ".SpecialToken");
+        const Json& token = need(need(component, "special_tokens", where), name.c_str(), where + ".special_tokens");
+        for (const Json& id : need_list(token, "ids", where + ".special_tokens"))
+            (seen ? frame.after : frame.before).push_back(token_id(id, name));
+    }
+    if (!seen)
+        throw unsupported("a template without $A in the post-processor", "special tokens around one sequence A");
+    return frame;
+}
+
+/// Later processors put their tokens around those of earlier ones.
+TextFrame read_post_processor(const Json& component, int depth)
+{
+    const std::string type = type_of(component, "post_processor");
+    if (type == "ByteLevel") // it changes offsets alone
+        return {};
+    if (type == "TemplateProcessing")
+        return read_template(component);
+    if (type == "Sequence" && depth < 8) {
+        TextFrame frame;
+        for (const Json& step : need_list(component, "processors", "post_processor(Sequence)")) {
+            const TextFrame outer = read_post_processor(step, depth + 1);
+            frame.before.insert(frame.before.begin(), outer.before.begin(), outer.before.end());
+            frame.after.insert(frame.after.end(), outer.after.begin(), outer.after.end());
+        }
+        return frame;
+    }
+    throw unsupported(cat("the post-processor ", type), "ByteLevel, TemplateProcessing, Sequence");
+}
+
 /// "left right" (older files) or ["left", "right"].
 std::pair<std::string, std::string> read_merge(const Json& entry)
 {
@@ -246,6 +226,8 @@ TokenizerParts read_tokenizer_json(std::string_view json, const std::string& nam
                 parts.pre_tokenizer = read_pre_tokenizer(root["pre_tokenizer"], 0);
             parts.model = read_model(root);
             parts.decoder = read_decoder(root);
+            if (!is_absent(root, "post_processor"))
+                parts.frame = read_post_processor(root["post_processor"], 0);
             check_ids(parts);
             return parts;
         } catch (const Json::exception& error) {

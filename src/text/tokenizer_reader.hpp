@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cstdint>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -12,12 +13,19 @@
 
 namespace selm::text {
 
+/// Tokens that are put around a text's own.
+struct TextFrame {
+    std::vector<std::int32_t> before;
+    std::vector<std::int32_t> after;
+};
+
 /// The components of a tokenizer.json.
 struct TokenizerParts {
     std::vector<AddedToken> added_tokens;
     std::unique_ptr<PreTokenizer> pre_tokenizer; ///< null where the file has none
     std::unique_ptr<Bpe> model;
     std::unique_ptr<TokenDecoder> decoder;
+    TextFrame frame; ///< what the post-processor adds
 };
 
 /// @throws Error configuration naming @p name and the entry that is missing, wrong or not supported.

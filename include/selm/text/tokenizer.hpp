@@ -20,16 +20,23 @@ enum class SpecialText {
 enum class SpecialTokens { skip, keep };
 
 /**
- * @brief A Hugging Face tokenizer (tokenizer.json): the ids that `tokenizers` gives, without tokens that a
- * post-processor would add (add_special_tokens = False).
+ * @brief The tokenizer of a model directory: tokenizer.json, or where there is none, a SentencePiece tokenizer.model.
  *
- * Read: BPE models; pre-tokenizers ByteLevel, Digits, Split and Sequence of these; added tokens with all their flags;
- * ByteLevel decoders. Any other component is refused by name. The file's truncation and padding entries are ignored: a
- * caller cuts by itself. Const members may be called from several threads at once.
+ * tokenizer.json: the ids that Hugging Face's `tokenizers` gives. Read: BPE models with byte fallback, unknown tokens
+ * and ignore_merges; normalizers Prepend, Replace and Sequence; pre-tokenizers ByteLevel, Digits, Metaspace, Split and
+ * Sequence; added tokens with all their flags; post-processors ByteLevel, TemplateProcessing and Sequence; decoders
+ * ByteFallback, ByteLevel, Fuse, Metaspace, Replace, Strip and Sequence. Any other component is refused by name. The
+ * file's truncation and padding entries are ignored: a caller cuts by itself.
+ *
+ * tokenizer.model: the ids that the sentencepiece library gives to the text between special tokens (control symbols,
+ * and the added tokens of tokenizer_config.json): those of transformers' LlamaTokenizer with legacy = True.
+ *
+ * Const members may be called from several threads at once.
  */
 class Tokenizer {
   public:
-    /// Reads @p directory/tokenizer.json. @throws Error configuration naming the file and the component in question.
+    /// Reads @p directory/tokenizer.json, or tokenizer.model, and what tokenizer_config.json, special_tokens_map.json
+    /// and config.json say about BOS and EOS. @throws Error configuration naming the file and the component.
     static Tokenizer from_directory(const std::string& directory);
 
     /// Reads the content of a tokenizer.json; @p name stands for it in messages. @throws Error configuration.
@@ -41,8 +48,14 @@ class Tokenizer {
     Tokenizer(const Tokenizer&) = delete;
     Tokenizer& operator=(const Tokenizer&) = delete;
 
-    /// Ids of @p text (UTF-8; ill-formed bytes are read as U+FFFD). Added tokens split the text first.
+    /// Ids of @p text (UTF-8; ill-formed bytes are read as U+FFFD), nothing added around them (Hugging Face:
+    /// add_special_tokens = False). Added tokens split the text first.
     std::vector<std::int32_t> encode(std::string_view text, SpecialText special = SpecialText::parse) const;
+
+    /// Ids of @p text, special-token text parsed, with what the tokenizer adds around a text: Hugging Face's ids by
+    /// default (add_special_tokens = True). That is add_bos_token and add_eos_token of tokenizer_config.json where
+    /// given, else the post-processor of tokenizer.json; a tokenizer.model alone adds BOS, as LlamaTokenizer does.
+    std::vector<std::int32_t> encode_with_special_tokens(std::string_view text) const;
 
     /// Text of @p ids, well-formed UTF-8 (bytes that form no character become U+FFFD); ids without a token are left
     /// out.
@@ -58,6 +71,12 @@ class Tokenizer {
     std::int64_t vocabulary_size() const;
 
     bool is_special(std::int32_t id) const;
+
+    /// BOS and EOS as the model directory says: bos_token of tokenizer_config.json, else of special_tokens_map.json,
+    /// else of the tokenizer.model, else bos_token_id of config.json (the first of a list). Nothing where none says
+    /// one, and for from_json().
+    std::optional<std::int32_t> bos_id() const;
+    std::optional<std::int32_t> eos_id() const;
 
   private:
     struct Data;
