@@ -18,14 +18,15 @@ std::int64_t append(PackedBatch& batch, std::span<const std::int32_t> tokens, st
 }
 
 struct Trunk {
-    std::int64_t segment = 0;
-    std::int64_t last_token = 0;
+    std::int64_t segment = -1;
+    std::int64_t last_token = -1;
     std::int64_t length = 0;
 };
 
 Trunk append_trunk(PackedBatch& batch, std::span<const std::int32_t> tokens)
 {
-    SELM_EXPECT(!tokens.empty());
+    if (tokens.empty())
+        return {};
     const auto segment = static_cast<std::int64_t>(batch.segments.size());
     const auto length = static_cast<std::int64_t>(tokens.size());
     return {segment, append(batch, tokens, 0, -1) + length - 1, length};
@@ -38,7 +39,7 @@ void PackedBatch::add_scored(std::span<const std::int32_t> trunk_tokens, std::sp
     const Trunk trunk = append_trunk(*this, trunk_tokens);
     for (const Branch& branch : row_branches) {
         const auto length = static_cast<std::int64_t>(branch.tokens.size());
-        SELM_EXPECT(branch.unscored >= 0 && branch.unscored <= length);
+        SELM_EXPECT(branch.unscored >= (trunk.length == 0 ? 1 : 0) && branch.unscored <= length);
         const std::int64_t begin = append(*this, branch.tokens, trunk.length, trunk.segment);
         for (std::int64_t i = branch.unscored; i < length; ++i) {
             selected.push_back(i == 0 ? trunk.last_token : begin + i - 1);
@@ -51,6 +52,7 @@ void PackedBatch::add_scored(std::span<const std::int32_t> trunk_tokens, std::sp
 
 void PackedBatch::add_last_token(std::span<const std::int32_t> trunk_tokens, std::span<const Branch> row_branches)
 {
+    SELM_EXPECT(!trunk_tokens.empty());
     const Trunk trunk = append_trunk(*this, trunk_tokens);
     for (const Branch& branch : row_branches) {
         const auto length = static_cast<std::int64_t>(branch.tokens.size());

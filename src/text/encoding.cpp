@@ -63,4 +63,18 @@ EncodedRow encode_row_chat(const Tokenizer& tokenizer, const ChatFormat& format,
     return row;
 }
 
+SequenceRow sequences_of(const EncodedRow& row)
+{
+    SequenceRow sequences;
+    for (std::size_t candidate = 0; candidate < sequences.size(); ++candidate) {
+        if (!row.responses[candidate])
+            continue;
+        LabelledSequence& sequence = sequences[candidate].emplace();
+        sequence.ids = row.prompt;
+        sequence.ids.insert(sequence.ids.end(), row.responses[candidate]->begin(), row.responses[candidate]->end());
+        sequence.label_start = static_cast<std::int64_t>(row.prompt.size());
+    }
+    return sequences;
+}
+
 } // namespace selm

@@ -30,7 +30,8 @@ struct PackedBatch {
     std::vector<std::int32_t> owner;     ///< [R]
     std::int32_t branches = 0;
 
-    /// Adds a row; every scored token of every branch is selected. @param trunk at least one token. Branches may be empty.
+    /// Adds a row; every scored token of every branch is selected. Branches may be empty. @param trunk at least one token;
+    /// or none, when every branch begins with an unscored token: the branches then have nothing in common.
     void add_scored(std::span<const std::int32_t> trunk, std::span<const Branch> branches);
     /// Adds a row; of every branch only the last token (of the trunk where the branch is empty) is selected, target -1.
     void add_last_token(std::span<const std::int32_t> trunk, std::span<const Branch> branches);

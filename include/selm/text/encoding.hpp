@@ -19,6 +19,16 @@ struct EncodedRow {
     std::array<std::optional<std::vector<std::int32_t>>, candidates_per_row> responses;
 };
 
+/// Token ids of a prompt and an answer after it; the first label_start (>= 1) are the prompt's and are not scored.
+struct LabelledSequence {
+    std::vector<std::int32_t> ids;
+    std::int64_t label_start = 0;
+    bool operator==(const LabelledSequence&) const = default;
+};
+
+/// A row as sequences, by Candidate; their prompts may differ. An answer that does not exist is absent.
+using SequenceRow = std::array<std::optional<LabelledSequence>, candidates_per_row>;
+
 /// Limits of an encoded row, in tokens. @invariant 1 <= max_prompt_length < max_length.
 struct EncodingLimits {
     std::int64_t max_length = 1024;       ///< prompt and one answer together
@@ -52,5 +62,8 @@ std::vector<std::int32_t> encode_response_chat(const Tokenizer& tokenizer, const
 EncodedRow encode_row_chat(const Tokenizer& tokenizer, const ChatFormat& format, std::span<const Message> messages,
                            const std::array<std::optional<std::string_view>, candidates_per_row>& responses,
                            const EncodingLimits& limits);
+
+/// The same row with the prompt before each of its answers.
+SequenceRow sequences_of(const EncodedRow& row);
 
 } // namespace selm

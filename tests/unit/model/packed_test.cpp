@@ -39,10 +39,24 @@ TEST(PackedBatch, LastTokens)
     EXPECT_EQ(batch.branches, 2);
 }
 
-TEST(PackedBatch, ATrunkMustHaveATokenAndUnscoredMustFit)
+TEST(PackedBatch, BranchesWithoutATrunkStandAlone)
 {
     PackedBatch batch;
-    EXPECT_THROW(batch.add_scored(Ids{}, std::vector<Branch>{}), Error);
+    batch.add_scored(Ids{1}, std::vector<Branch>{{{2}, 0}});
+    batch.add_scored(Ids{}, std::vector<Branch>{{{3, 4, 5}, 2}, {{6, 7}, 1}});
+    EXPECT_EQ(batch.positions, (Ids{0, 1, 0, 1, 2, 0, 1}));
+    EXPECT_EQ(batch.selected, (std::vector<std::int64_t>{0, 3, 5}));
+    EXPECT_EQ(batch.targets, (Ids{2, 5, 7}));
+    ASSERT_EQ(batch.segments.size(), 4U);
+    EXPECT_EQ(batch.segments[2].trunk, -1);
+    EXPECT_EQ(batch.segments[3].trunk, -1);
+}
+
+TEST(PackedBatch, AFirstScoredTokenNeedsOneBeforeItAndUnscoredMustFit)
+{
+    PackedBatch batch;
+    EXPECT_THROW(batch.add_scored(Ids{}, std::vector<Branch>{{{3, 4}, 0}}), Error);
+    EXPECT_THROW(batch.add_last_token(Ids{}, std::vector<Branch>{{{3, 4}, 0}}), Error);
     EXPECT_THROW(batch.add_scored(Ids{1}, std::vector<Branch>{{{3}, 2}}), Error);
 }
 
