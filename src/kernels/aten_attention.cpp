@@ -17,6 +17,7 @@
 namespace selm {
 
 using aten::as_f32;
+using aten::heads_first;
 using aten::view;
 using aten::view_heads;
 
@@ -51,14 +52,6 @@ void expect_segments(std::span<const Segment> segments, std::int64_t tokens)
         next += s.length;
     }
     SELM_EXPECT(next == tokens);
-}
-
-/// [n, heads, D] -> f32 [heads, n, D], always a copy: so its alignment is the same wherever x lies (the BLAS may take
-/// other kernels at other alignments).
-at::Tensor heads_first(const at::Tensor& x)
-{
-    at::Tensor out = at::empty({x.size(1), x.size(0), x.size(2)}, x.options().dtype(at::kFloat));
-    return out.copy_(x.permute({1, 0, 2}));
 }
 
 /// [NH, n, D] grouped by key/value head: [NK, G*n, D].

@@ -2,6 +2,9 @@
 #include <ATen/ops/index_select.h>
 #include <ATen/ops/rsqrt.h>
 #include <ATen/ops/sigmoid.h>
+#include <ATen/ops/special_erfc.h>
+#include <ATen/ops/tanh.h>
+#include <ATen/ops/zeros.h>
 #include <c10/core/InferenceMode.h>
 
 #include "aten_engine.hpp"
@@ -30,6 +33,23 @@ void add_rows(at::Tensor x, const at::Tensor& index, const at::Tensor& d)
         x.index_add_(0, index, d);
     else
         x.index_put_({index.to(at::kLong)}, d, true); // sorts stably; index_add_ would use atomics
+}
+
+/// f32 copy of x in rows of a whole number of vectors, filled up with zeros: the rows may be one run, and yet every
+/// element is computed by the vectorised body of a function (its scalar tail differs in the last bit).
+at::Tensor in_whole_vectors(const at::Tensor& x)
+{
+    constexpr std::int64_t vector = 64;
+    const std::int64_t width = (x.size(1) + vector - 1) / vector * vector;
+    at::Tensor out = at::zeros({x.size(0), width}, x.options().dtype(at::kFloat));
+    out.narrow(1, 0, x.size(1)).copy_(x);
+    return out;
+}
+
+/// Phi(x), the normal distribution function.
+at::Tensor distribution(const at::Tensor& x)
+{
+    return at::special_erfc(in_whole_vectors(x).mul_(-0.7071067811865476)).mul_(0.5).narrow(1, 0, x.size(1));
 }
 
 } // namespace
@@ -83,6 +103,99 @@ void AtenEngine::rms_norm_backward(const Tensor& x_TH, const Tensor& gain, const
     const at::Tensor g = dy.mul(view(gain));
     const at::Tensor projection = g.mul(normalised).mean({1}, true);
     view(dx_TH).add_(g.sub(normalised.mul(projection)).mul_(scale));
+}
+
+void AtenEngine::bias_backward(const Tensor& dy_TN, const Tensor& dbias)
+{
+    SELM_EXPECT(dbias.rows == 1 && dbias.columns == dy_TN.columns);
+    const c10::InferenceMode no_autograd;
+    if (!dy_TN.empty())
+        view(dbias).add_(as_f32(view(dy_TN)).sum({0}, true));
+}
+
+void AtenEngine::layer_norm(const Tensor& x_TH, const Tensor& residual_TH, const Tensor& gain, const Tensor& bias,
+                            float eps, const Tensor& y_TH, const Tensor& mean, const Tensor& rstd)
+{
+    SELM_EXPECT(gain.columns == x_TH.columns && bias.columns == x_TH.columns && y_TH.rows == x_TH.rows &&
+                y_TH.columns == x_TH.columns);
+    SELM_EXPECT(residual_TH.empty() || (residual_TH.rows == x_TH.rows && residual_TH.columns == x_TH.columns));
+    SELM_EXPECT(mean.empty() == rstd.empty() &&
+                (rstd.empty() || (rstd.columns == x_TH.rows && mean.columns == x_TH.rows)));
+    const c10::InferenceMode no_autograd;
+    if (x_TH.empty())
+        return;
+    at::Tensor x = view(x_TH);
+    if (!residual_TH.empty())
+        x.add_(view(residual_TH));
+    const at::Tensor middle = x.mean({1}, true);
+    const at::Tensor centered = x.sub(middle);
+    const at::Tensor scale = at::rsqrt(centered.square().mean({1}, true).add_(static_cast<double>(eps)));
+    view(y_TH).copy_(centered.mul(scale).mul_(view(gain)).add_(view(bias)));
+    if (!rstd.empty()) {
+        view(mean).copy_(middle.t());
+        view(rstd).copy_(scale.t());
+    }
+}
+
+void AtenEngine::layer_norm_backward(const Tensor& x_TH, const Tensor& gain, const Tensor& mean, const Tensor& rstd,
+                                     const Tensor& dy_TH, const Tensor& dx_TH, const Tensor& dgain,
+                                     const Tensor& dbias)
+{
+    SELM_EXPECT(rstd.columns == x_TH.rows && mean.columns == x_TH.rows && gain.columns == x_TH.columns);
+    SELM_EXPECT(dy_TH.rows == x_TH.rows && dx_TH.rows == x_TH.rows && dgain.columns == x_TH.columns &&
+                dbias.columns == x_TH.columns);
+    const c10::InferenceMode no_autograd;
+    if (x_TH.empty())
+        return;
+    const at::Tensor scale = view(rstd).t();
+    const at::Tensor normalised = view(x_TH).sub(view(mean).t()).mul_(scale);
+    const at::Tensor dy = as_f32(view(dy_TH));
+    view(dgain).add_(dy.mul(normalised).sum({0}, true));
+    view(dbias).add_(dy.sum({0}, true));
+    const at::Tensor h = dy.mul(view(gain));
+    const at::Tensor projection = h.mul(normalised).mean({1}, true);
+    view(dx_TH).copy_(h.sub(h.mean({1}, true)).sub_(normalised.mul(projection)).mul_(scale));
+}
+
+void AtenEngine::gelu(const Tensor& x_TI, const Tensor& a_TI)
+{
+    SELM_EXPECT(a_TI.rows == x_TI.rows && a_TI.columns == x_TI.columns);
+    const c10::InferenceMode no_autograd;
+    if (x_TI.empty())
+        return;
+    const at::Tensor x = as_f32(view(x_TI));
+    view(a_TI).copy_(distribution(x).mul_(x));
+}
+
+void AtenEngine::gelu_backward(const Tensor& x_TI, const Tensor& da_TI, const Tensor& a_TI)
+{
+    SELM_EXPECT(a_TI.rows == x_TI.rows && a_TI.columns == x_TI.columns);
+    SELM_EXPECT(da_TI.rows == x_TI.rows && da_TI.columns == x_TI.columns);
+    const c10::InferenceMode no_autograd;
+    if (x_TI.empty())
+        return;
+    at::Tensor x_out = view(x_TI);
+    const at::Tensor x = as_f32(x_out), phi = distribution(x);
+    const at::Tensor density = x.square().mul_(-0.5).exp_().mul_(0.3989422804014327);
+    const at::Tensor a = phi.mul(x);
+    const at::Tensor dx = density.mul_(x).add_(phi).mul_(as_f32(view(da_TI)));
+    view(a_TI).copy_(a);
+    x_out.copy_(dx);
+}
+
+void AtenEngine::tanh(const Tensor& x)
+{
+    const c10::InferenceMode no_autograd;
+    if (!x.empty())
+        view(x).copy_(at::tanh(in_whole_vectors(view(x))).narrow(1, 0, x.columns));
+}
+
+void AtenEngine::tanh_backward(const Tensor& y, const Tensor& dy)
+{
+    SELM_EXPECT(dy.rows == y.rows && dy.columns == y.columns);
+    const c10::InferenceMode no_autograd;
+    if (!y.empty())
+        view(dy).mul_(as_f32(view(y)).square().neg_().add_(1.0));
 }
 
 void AtenEngine::rope(const Tensor& qkv, const AttentionShape& shape, std::span<const std::int32_t> positions,

@@ -225,6 +225,15 @@ void AtenEngine::linear_add(const Tensor& x_TK, const PackedWeight& w, const Ten
         view(y_TN).add_(product_f32(left_side(view(x_TK)), view(w.forward).t()).narrow(0, 0, x_TK.rows));
 }
 
+void AtenEngine::linear_bias(const Tensor& x_TK, const PackedWeight& w, const Tensor& bias, const Tensor& y_TN)
+{
+    SELM_EXPECT(bias.rows == 1 && bias.columns == w.outputs);
+    linear(x_TK, w, y_TN);
+    const c10::InferenceMode no_autograd;
+    if (x_TK.rows > 0)
+        view(y_TN).add_(view(bias));
+}
+
 void AtenEngine::linear_backward_input(const Tensor& dy_TN, const PackedWeight& w, const Tensor& dx_TK)
 {
     expect_product(dx_TK, w, dy_TN);

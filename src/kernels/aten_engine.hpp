@@ -45,6 +45,8 @@ class AtenEngine final : public Engine {
     void linear_add(const Tensor& x_TK, const PackedWeight& w, const Tensor& y_TN) override;
     void linear_backward_input(const Tensor& dy_TN, const PackedWeight& w, const Tensor& dx_TK) override;
     void linear_backward_weight(const Tensor& dy_TN, const Tensor& x_TK, const Tensor& dw_NK) override;
+    void linear_bias(const Tensor& x_TK, const PackedWeight& w, const Tensor& bias, const Tensor& y_TN) override;
+    void bias_backward(const Tensor& dy_TN, const Tensor& dbias) override;
 
     void embed(std::span<const std::int32_t> tokens, const Tensor& embedding_VH, const Tensor& x_TH) override;
     void embed_backward(std::span<const std::int32_t> tokens, const Tensor& dx_TH,
@@ -56,6 +58,15 @@ class AtenEngine final : public Engine {
               const Tensor& cos, const Tensor& sin, bool backward) override;
     void swiglu(const Tensor& gate_up, const Tensor& a_TI) override;
     void swiglu_backward(const Tensor& gate_up, const Tensor& da_TI, const Tensor& a_TI) override;
+    void layer_norm(const Tensor& x_TH, const Tensor& residual_TH, const Tensor& gain, const Tensor& bias, float eps,
+                    const Tensor& y_TH, const Tensor& mean, const Tensor& rstd) override;
+    void layer_norm_backward(const Tensor& x_TH, const Tensor& gain, const Tensor& mean, const Tensor& rstd,
+                             const Tensor& dy_TH, const Tensor& dx_TH, const Tensor& dgain,
+                             const Tensor& dbias) override;
+    void gelu(const Tensor& x_TI, const Tensor& a_TI) override;
+    void gelu_backward(const Tensor& x_TI, const Tensor& da_TI, const Tensor& a_TI) override;
+    void tanh(const Tensor& x) override;
+    void tanh_backward(const Tensor& y, const Tensor& dy) override;
     void gather_rows(const Tensor& x, std::span<const std::int64_t> index, const Tensor& out) override;
     void scatter_add_rows(const Tensor& d, std::span<const std::int64_t> index, const Tensor& x) override;
 
@@ -63,6 +74,11 @@ class AtenEngine final : public Engine {
                    const Tensor& lse) override;
     void attention_backward(const Tensor& qkv, const AttentionShape& shape, std::span<const Segment> segments,
                             const Tensor& out, const Tensor& lse, const Tensor& dout, const Tensor& dqkv) override;
+    void disentangled_attention(const Tensor& qkv, const Tensor& relative, const DisentangledShape& shape,
+                                std::span<const Segment> segments, const Tensor& out, const Tensor& lse) override;
+    void disentangled_attention_backward(const Tensor& qkv, const Tensor& relative, const DisentangledShape& shape,
+                                         std::span<const Segment> segments, const Tensor& out, const Tensor& lse,
+                                         const Tensor& dout, const Tensor& dqkv, const Tensor& drelative) override;
     std::unique_ptr<KvCache> make_cache(std::int64_t layers, std::int64_t slots, std::int64_t capacity,
                                         const AttentionShape& shape) override;
     void attention_cached(const Tensor& qkv, const AttentionShape& shape, KvCache& cache, std::int64_t layer,

@@ -1,6 +1,7 @@
 #include "aten_view.hpp"
 
 #include <ATen/Context.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 
 namespace selm::aten {
@@ -63,5 +64,11 @@ at::Tensor float_tensor(std::span<const float> values, Device device)
 }
 
 at::Tensor as_f32(const at::Tensor& x) { return x.to(at::kFloat); }
+
+at::Tensor heads_first(const at::Tensor& x)
+{
+    at::Tensor out = at::empty({x.size(1), x.size(0), x.size(2)}, x.options().dtype(at::kFloat));
+    return out.copy_(x.permute({1, 0, 2}));
+}
 
 } // namespace selm::aten

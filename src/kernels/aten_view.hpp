@@ -27,4 +27,8 @@ at::Tensor float_tensor(std::span<const float> values, Device device);
 /// f32 values of x; x itself when it is f32.
 at::Tensor as_f32(const at::Tensor& x);
 
+/// [n, heads, D] -> f32 [heads, n, D], always a copy: so its alignment is the same wherever x lies (the BLAS may take
+/// other kernels at other alignments).
+at::Tensor heads_first(const at::Tensor& x);
+
 } // namespace selm::aten

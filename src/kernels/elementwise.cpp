@@ -126,6 +126,104 @@ void rms_norm_backward(const Tensor& x_TH, const Tensor& gain, const Tensor& rst
     });
 }
 
+void bias_backward(const Tensor& dy_TN, const Tensor& dbias)
+{
+    SELM_EXPECT(dbias.rows == 1 && dbias.columns == dy_TN.columns);
+    float* const sums = dbias.f32();
+    for_column_blocks("bias_backward", dy_TN.columns, [&](std::int64_t begin, std::int64_t count) {
+        for (std::int64_t row = 0; row < dy_TN.rows; ++row)
+            add_row(dy_TN.row_f32(row) + begin, count, sums + begin);
+    });
+}
+
+void layer_norm(const Tensor& x_TH, const Tensor& residual_TH, const Tensor& gain, const Tensor& bias, float eps,
+                const Tensor& y_TH, const Tensor& mean, const Tensor& rstd)
+{
+    const std::int64_t columns = x_TH.columns;
+    SELM_EXPECT(y_TH.rows == x_TH.rows && y_TH.columns == columns && gain.columns == columns);
+    SELM_EXPECT(bias.columns == columns && mean.empty() == rstd.empty());
+    SELM_EXPECT(residual_TH.empty() || (residual_TH.rows == x_TH.rows && residual_TH.columns == columns));
+    SELM_EXPECT(rstd.empty() || (rstd.columns == x_TH.rows && mean.columns == x_TH.rows));
+    const bool has_residual = !residual_TH.empty();
+    float* const mean_data = mean.empty() ? nullptr : mean.f32();
+    float* const rstd_data = rstd.empty() ? nullptr : rstd.f32();
+    const float *const gain_data = gain.f32(), *const bias_data = bias.f32();
+    for_rows("layer_norm", x_TH.rows, [&](std::int64_t row) {
+        if (has_residual)
+            add_row(residual_TH.row_f32(row), columns, x_TH.row_f32(row));
+        const Moments moments =
+            layer_norm_row(x_TH.row_f32(row), gain_data, bias_data, eps, columns, y_TH.row_f32(row));
+        if (rstd_data != nullptr) {
+            mean_data[row] = moments.mean;
+            rstd_data[row] = moments.rstd;
+        }
+    });
+}
+
+void layer_norm_backward(const Tensor& x_TH, const Tensor& gain, const Tensor& mean, const Tensor& rstd,
+                         const Tensor& dy_TH, const Tensor& dx_TH, const Tensor& dgain, const Tensor& dbias)
+{
+    const std::int64_t rows = x_TH.rows, columns = x_TH.columns;
+    SELM_EXPECT(dy_TH.rows == rows && dy_TH.columns == columns && dx_TH.rows == rows && dx_TH.columns == columns);
+    SELM_EXPECT(gain.columns == columns && dgain.columns == columns && dbias.columns == columns);
+    SELM_EXPECT(rows == 0 || (rstd.columns == rows && mean.columns == rows));
+    if (rows == 0)
+        return;
+    const float *const mean_data = mean.f32(), *const rstd_data = rstd.f32(), *const gain_data = gain.f32();
+    float* const dgain_data = dgain.f32();
+    for_column_blocks("layer_norm_backward_gain", columns, [&](std::int64_t begin, std::int64_t count) {
+        for (std::int64_t row = 0; row < rows; ++row) {
+            const float* x = x_TH.row_f32(row) + begin;
+            const float* dy = dy_TH.row_f32(row) + begin;
+            float* to = dgain_data + begin;
+            const float center = mean_data[row], scale = rstd_data[row];
+            for (std::int64_t c = 0; c < count; ++c)
+                to[c] += dy[c] * ((x[c] - center) * scale);
+        }
+    });
+    bias_backward(dy_TH, dbias);
+    for_rows("layer_norm_backward", rows, [&](std::int64_t row) {
+        layer_norm_backward_row(x_TH.row_f32(row), gain_data, {mean_data[row], rstd_data[row]}, dy_TH.row_f32(row),
+                                columns, dx_TH.row_f32(row));
+    });
+}
+
+void gelu(const Tensor& x_TI, const Tensor& a_TI)
+{
+    SELM_EXPECT(a_TI.rows == x_TI.rows && a_TI.columns == x_TI.columns);
+    for_rows("gelu", x_TI.rows,
+             [&](std::int64_t row) { gelu_row(x_TI.row_f32(row), x_TI.columns, a_TI.row_f32(row)); });
+}
+
+void gelu_backward(const Tensor& x_TI, const Tensor& da_TI, const Tensor& a_TI)
+{
+    SELM_EXPECT(a_TI.rows == x_TI.rows && a_TI.columns == x_TI.columns);
+    SELM_EXPECT(da_TI.rows == x_TI.rows && da_TI.columns == x_TI.columns);
+    for_rows("gelu_backward", x_TI.rows, [&](std::int64_t row) {
+        gelu_backward_row(x_TI.row_f32(row), da_TI.row_f32(row), x_TI.columns, a_TI.row_f32(row));
+    });
+}
+
+void tanh(const Tensor& x)
+{
+    for_rows("tanh", x.rows, [&](std::int64_t row) {
+        float* values = x.row_f32(row);
+        for (std::int64_t c = 0; c < x.columns; ++c)
+            values[c] = std::tanh(values[c]);
+    });
+}
+
+void tanh_backward(const Tensor& y, const Tensor& dy)
+{
+    SELM_EXPECT(dy.rows == y.rows && dy.columns == y.columns);
+    for_rows("tanh_backward", y.rows, [&](std::int64_t row) {
+        const float* values = y.row_f32(row);
+        float* d = dy.row_f32(row);
+        for (std::int64_t c = 0; c < y.columns; ++c)
+            d[c] *= 1.0f - values[c] * values[c];
+    });
+}
+
 void rope(const Tensor& qkv, const AttentionShape& shape, std::span<const std::int32_t> positions, const Tensor& cos,
           const Tensor& sin, bool backward)
 {

@@ -66,6 +66,15 @@ void embed_backward(std::span<const std::int32_t> tokens, const Tensor& dx_TH, c
 void rms_norm(const Tensor& x_TH, const Tensor& gain, float eps, const Tensor& y_TH, const Tensor& rstd);
 void rms_norm_backward(const Tensor& x_TH, const Tensor& gain, const Tensor& rstd, const Tensor& dy_TH,
                        const Tensor& dx_TH, const Tensor& dgain);
+void bias_backward(const Tensor& dy_TN, const Tensor& dbias);
+void layer_norm(const Tensor& x_TH, const Tensor& residual_TH, const Tensor& gain, const Tensor& bias, float eps,
+                const Tensor& y_TH, const Tensor& mean, const Tensor& rstd);
+void layer_norm_backward(const Tensor& x_TH, const Tensor& gain, const Tensor& mean, const Tensor& rstd,
+                         const Tensor& dy_TH, const Tensor& dx_TH, const Tensor& dgain, const Tensor& dbias);
+void gelu(const Tensor& x_TI, const Tensor& a_TI);
+void gelu_backward(const Tensor& x_TI, const Tensor& da_TI, const Tensor& a_TI);
+void tanh(const Tensor& x);
+void tanh_backward(const Tensor& y, const Tensor& dy);
 void rope(const Tensor& qkv, const AttentionShape& shape, std::span<const std::int32_t> positions, const Tensor& cos,
           const Tensor& sin, bool backward);
 void swiglu(const Tensor& gate_up, const Tensor& a_TI);

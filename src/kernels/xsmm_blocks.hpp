@@ -24,6 +24,15 @@ inline void place_tile(const float* from, std::int64_t from_stride, std::int64_t
             to[column] = add ? to[column] + from[column] : from[column];
 }
 
+/// to = from + bias, bias a row.
+inline void place_tile_on(const float* bias, const float* from, std::int64_t from_stride, std::int64_t rows,
+                          std::int64_t columns, float* to, std::int64_t to_stride)
+{
+    for (std::int64_t row = 0; row < rows; ++row, from += from_stride, to += to_stride)
+        for (std::int64_t column = 0; column < columns; ++column)
+            to[column] = from[column] + bias[column];
+}
+
 /// LIBXSMM counts in 32 bits.
 inline std::int32_t narrow(std::int64_t value)
 {

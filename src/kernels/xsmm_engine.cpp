@@ -98,6 +98,44 @@ void XsmmEngine::swiglu_backward(const Tensor& gate_up, const Tensor& da_TI, con
     elementwise::swiglu_backward(gate_up, da_TI, a_TI);
 }
 
+void XsmmEngine::bias_backward(const Tensor& dy_TN, const Tensor& dbias)
+{
+    elementwise::bias_backward(dy_TN, dbias);
+}
+
+void XsmmEngine::layer_norm(const Tensor& x_TH, const Tensor& residual_TH, const Tensor& gain, const Tensor& bias,
+                            float eps, const Tensor& y_TH, const Tensor& mean, const Tensor& rstd)
+{
+    elementwise::layer_norm(x_TH, residual_TH, gain, bias, eps, y_TH, mean, rstd);
+}
+
+void XsmmEngine::layer_norm_backward(const Tensor& x_TH, const Tensor& gain, const Tensor& mean, const Tensor& rstd,
+                                     const Tensor& dy_TH, const Tensor& dx_TH, const Tensor& dgain,
+                                     const Tensor& dbias)
+{
+    elementwise::layer_norm_backward(x_TH, gain, mean, rstd, dy_TH, dx_TH, dgain, dbias);
+}
+
+void XsmmEngine::gelu(const Tensor& x_TI, const Tensor& a_TI)
+{
+    elementwise::gelu(x_TI, a_TI);
+}
+
+void XsmmEngine::gelu_backward(const Tensor& x_TI, const Tensor& da_TI, const Tensor& a_TI)
+{
+    elementwise::gelu_backward(x_TI, da_TI, a_TI);
+}
+
+void XsmmEngine::tanh(const Tensor& x)
+{
+    elementwise::tanh(x);
+}
+
+void XsmmEngine::tanh_backward(const Tensor& y, const Tensor& dy)
+{
+    elementwise::tanh_backward(y, dy);
+}
+
 void XsmmEngine::gather_rows(const Tensor& x, std::span<const std::int64_t> index, const Tensor& out)
 {
     elementwise::gather_rows(x, index, out);

@@ -44,6 +44,8 @@ class XsmmEngine final : public Engine {
     void linear_add(const Tensor& x_TK, const PackedWeight& w, const Tensor& y_TN) override;
     void linear_backward_input(const Tensor& dy_TN, const PackedWeight& w, const Tensor& dx_TK) override;
     void linear_backward_weight(const Tensor& dy_TN, const Tensor& x_TK, const Tensor& dw_NK) override;
+    void linear_bias(const Tensor& x_TK, const PackedWeight& w, const Tensor& bias, const Tensor& y_TN) override;
+    void bias_backward(const Tensor& dy_TN, const Tensor& dbias) override;
 
     void embed(std::span<const std::int32_t> tokens, const Tensor& embedding_VH, const Tensor& x_TH) override;
     void embed_backward(std::span<const std::int32_t> tokens, const Tensor& dx_TH,
@@ -55,6 +57,15 @@ class XsmmEngine final : public Engine {
               const Tensor& cos, const Tensor& sin, bool backward) override;
     void swiglu(const Tensor& gate_up, const Tensor& a_TI) override;
     void swiglu_backward(const Tensor& gate_up, const Tensor& da_TI, const Tensor& a_TI) override;
+    void layer_norm(const Tensor& x_TH, const Tensor& residual_TH, const Tensor& gain, const Tensor& bias, float eps,
+                    const Tensor& y_TH, const Tensor& mean, const Tensor& rstd) override;
+    void layer_norm_backward(const Tensor& x_TH, const Tensor& gain, const Tensor& mean, const Tensor& rstd,
+                             const Tensor& dy_TH, const Tensor& dx_TH, const Tensor& dgain,
+                             const Tensor& dbias) override;
+    void gelu(const Tensor& x_TI, const Tensor& a_TI) override;
+    void gelu_backward(const Tensor& x_TI, const Tensor& da_TI, const Tensor& a_TI) override;
+    void tanh(const Tensor& x) override;
+    void tanh_backward(const Tensor& y, const Tensor& dy) override;
     void gather_rows(const Tensor& x, std::span<const std::int64_t> index, const Tensor& out) override;
     void scatter_add_rows(const Tensor& d, std::span<const std::int64_t> index, const Tensor& x) override;
 
@@ -62,6 +73,11 @@ class XsmmEngine final : public Engine {
                    const Tensor& lse) override;
     void attention_backward(const Tensor& qkv, const AttentionShape& shape, std::span<const Segment> segments,
                             const Tensor& out, const Tensor& lse, const Tensor& dout, const Tensor& dqkv) override;
+    void disentangled_attention(const Tensor& qkv, const Tensor& relative, const DisentangledShape& shape,
+                                std::span<const Segment> segments, const Tensor& out, const Tensor& lse) override;
+    void disentangled_attention_backward(const Tensor& qkv, const Tensor& relative, const DisentangledShape& shape,
+                                         std::span<const Segment> segments, const Tensor& out, const Tensor& lse,
+                                         const Tensor& dout, const Tensor& dqkv, const Tensor& drelative) override;
     std::unique_ptr<KvCache> make_cache(std::int64_t layers, std::int64_t slots, std::int64_t capacity,
                                         const AttentionShape& shape) override;
     void attention_cached(const Tensor& qkv, const AttentionShape& shape, KvCache& cache, std::int64_t layer,
@@ -94,10 +110,12 @@ class XsmmEngine final : public Engine {
         Panels panels;
         float* y = nullptr;
         std::int64_t y_stride = 0;
+        const float* bias = nullptr; ///< [outputs], added to each row unless null; not with accumulate
         bool accumulate = false;
     };
     void multiply(const PanelProduct& product);
-    void multiply_linear(const Tensor& x_TK, const PackedWeight& w, const Tensor& y_TN, bool accumulate);
+    void multiply_linear(const Tensor& x_TK, const PackedWeight& w, const Tensor& y_TN, const float* bias,
+                         bool accumulate);
 
     /// dw[n][k] += sum over t of dy_transposed[n][t] * x[t][k], x given in column panels [ceil(K/nb)][rows][nb].
     struct WeightGradient {
@@ -145,6 +163,21 @@ class XsmmEngine final : public Engine {
     void prefill_span(const Tensor& qkv, const AttentionShape& shape, const KvCache& any_cache, std::int64_t layer,
                       const CachedSpan& span, const Tensor& out);
 
+    /// What the tiles of one head and segment share in disentangled attention.
+    struct DisentangledHead;
+    void prepare_head(DisentangledHead& head, const Tensor& qkv, const Tensor& relative, const DisentangledShape& shape,
+                      std::int64_t index);
+    void prepare_segment(DisentangledHead& head, const Segment& segment, const DisentangledShape& shape);
+    /// to [count][head.stride] = rows of head_dim numbers times the transposed relative rows of some blocks.
+    void multiply_relative(const DisentangledHead& head, const float* blocks, const float* rows, std::int64_t count,
+                           float* to);
+    /// scores [rows][64] of a tile, not scaled: content, content to position, position to content.
+    void score_disentangled(const DisentangledHead& head, std::int64_t query, std::int64_t key, float* scores);
+    void attend_disentangled(const DisentangledHead& head, std::int64_t query, const Tensor& out, const Tensor& lse);
+    struct DisentangledGradients;
+    void attend_disentangled_backward(const DisentangledHead& head, std::int64_t query, const DisentangledGradients& to);
+    void finish_disentangled_backward(const DisentangledHead& head, const DisentangledGradients& to);
+
     /// Logits of some rows for some vocabulary columns; the tile's row stride is that of a whole tile.
     void multiply_head_tile(const Tensor& h_RH, const PackedWeight& head, std::int64_t row, std::int64_t rows,
                             std::int64_t column, std::int64_t columns, float* tile);
@@ -155,7 +188,8 @@ class XsmmEngine final : public Engine {
     GemmKernels kernels_;
     MemoryPool memory_;
     Scratch expanded_, x_panels_, dy_transposed_, score_tile_, output_tile_, keys_transposed_, backward_tiles_,
-        decode_scores_, logit_tile_, logit_gradient_;
+        decode_scores_, logit_tile_, logit_gradient_, relative_blocks_, values_transposed_, content_to_position_,
+        position_to_content_, relative_gradient_, position_gradient_;
     std::vector<KeyTile> key_tiles_;
 };
 

@@ -74,7 +74,7 @@ void check_targets(std::span<const std::int32_t> targets, std::int64_t vocabular
 
 void XsmmEngine::logits(const Tensor& h_RH, const PackedWeight& head, const Tensor& logits_RV)
 {
-    multiply_linear(h_RH, head, logits_RV, false);
+    multiply_linear(h_RH, head, logits_RV, nullptr, false);
 }
 
 void XsmmEngine::multiply_head_tile(const Tensor& h_RH, const PackedWeight& head, std::int64_t row, std::int64_t rows,
@@ -88,6 +88,7 @@ void XsmmEngine::multiply_head_tile(const Tensor& h_RH, const PackedWeight& head
               .panels = forward_panels(head).from(column * head.inputs),
               .y = tile,
               .y_stride = columns_per_tile,
+              .bias = nullptr,
               .accumulate = false});
 }
 

@@ -164,13 +164,13 @@ void XsmmEngine::multiply(const PanelProduct& p)
                 if (is_bf16)
                     expand(slice.bf16, count * width, expanded);
                 const float* const panel = is_bf16 ? expanded : slice.f32;
-                const bool add = p.accumulate || input > 0;
+                const bool add = p.accumulate || input > 0, add_bias = p.bias != nullptr && input == 0;
                 GemmShape shape{.m = narrow(outputs),
                                 .n = 0,
                                 .k = narrow(count),
                                 .lda = narrow(width),
                                 .ldb = narrow(p.x_stride),
-                                .ldc = narrow(add ? width : p.y_stride),
+                                .ldc = narrow(add || add_bias ? width : p.y_stride),
                                 .accumulate = false};
                 GemmKernel kernel;
                 for (std::int64_t row = sweep; row < sweep_end; row += rows_per_call) {
@@ -180,16 +180,19 @@ void XsmmEngine::multiply(const PanelProduct& p)
                         kernel = kernels_.find(shape);
                     }
                     float* const y = p.y + row * p.y_stride + output;
-                    kernel(panel, p.x + row * p.x_stride + input, add ? tile : y);
+                    kernel(panel, p.x + row * p.x_stride + input, add || add_bias ? tile : y);
                     if (add)
                         place_tile(tile, width, rows, outputs, true, y, p.y_stride);
+                    else if (add_bias)
+                        place_tile_on(p.bias + output, tile, width, rows, outputs, y, p.y_stride);
                 }
             }
         }
     }
 }
 
-void XsmmEngine::multiply_linear(const Tensor& x_TK, const PackedWeight& w, const Tensor& y_TN, bool accumulate)
+void XsmmEngine::multiply_linear(const Tensor& x_TK, const PackedWeight& w, const Tensor& y_TN, const float* bias,
+                                 bool accumulate)
 {
     SELM_EXPECT(x_TK.rows == y_TN.rows && x_TK.columns == w.inputs && y_TN.columns == w.outputs);
     SELM_EXPECT(x_TK.stride >= x_TK.columns && y_TN.stride >= y_TN.columns);
@@ -201,17 +204,24 @@ void XsmmEngine::multiply_linear(const Tensor& x_TK, const PackedWeight& w, cons
               .panels = forward_panels(w),
               .y = y_TN.f32(),
               .y_stride = y_TN.stride,
+              .bias = bias,
               .accumulate = accumulate});
 }
 
 void XsmmEngine::linear(const Tensor& x_TK, const PackedWeight& w, const Tensor& y_TN)
 {
-    multiply_linear(x_TK, w, y_TN, false);
+    multiply_linear(x_TK, w, y_TN, nullptr, false);
 }
 
 void XsmmEngine::linear_add(const Tensor& x_TK, const PackedWeight& w, const Tensor& y_TN)
 {
-    multiply_linear(x_TK, w, y_TN, true);
+    multiply_linear(x_TK, w, y_TN, nullptr, true);
+}
+
+void XsmmEngine::linear_bias(const Tensor& x_TK, const PackedWeight& w, const Tensor& bias, const Tensor& y_TN)
+{
+    SELM_EXPECT(bias.rows == 1 && bias.columns == w.outputs);
+    multiply_linear(x_TK, w, y_TN, bias.f32(), false);
 }
 
 void XsmmEngine::linear_backward_input(const Tensor& dy_TN, const PackedWeight& w, const Tensor& dx_TK)
@@ -226,6 +236,7 @@ void XsmmEngine::linear_backward_input(const Tensor& dy_TN, const PackedWeight& 
               .panels = {.f32 = w.backward.f32(), .bf16 = nullptr},
               .y = dx_TK.f32(),
               .y_stride = dx_TK.stride,
+              .bias = nullptr,
               .accumulate = false});
 }
 

@@ -28,6 +28,19 @@ struct Segment {
     std::int64_t trunk = -1;
 };
 
+/**
+ * @brief Disentangled attention (He et al., DeBERTa, 2021, eq. 4): with r = relative_index of query - key, the score of a
+ * query and a key is scale * (Q.K + Q.RK[r] + K.RQ[r]); every token attends to all tokens of its segment.
+ */
+struct DisentangledShape {
+    std::int64_t heads = 0;    ///< NH
+    std::int64_t head_dim = 0; ///< D
+    float scale = 0;           ///< 1/sqrt(3*D)
+    /// Row of the relative projections for distance query - key; entry i is distance i - (size-1)/2. Not decreasing; an odd
+    /// number of entries that covers the longest segment.
+    std::span<const std::int32_t> relative_index;
+};
+
 /// A weight [N, K] prepared by one engine. `source` is the row-major weight (f32 or bf16) it was made from, kept alive
 /// only by engines that read it; the panels live in storage that the caller may provide (shared memory).
 struct PackedWeight {
@@ -100,6 +113,11 @@ class Engine {
     /// dw (f32 [N, K]) += dy^T x.
     virtual void linear_backward_weight(const Tensor& dy_TN, const Tensor& x_TK, const Tensor& dw_NK) = 0;
 
+    /// y = x W^T + bias; bias f32 [1, N].
+    virtual void linear_bias(const Tensor& x_TK, const PackedWeight& w, const Tensor& bias, const Tensor& y_TN) = 0;
+    /// dbias (f32 [1, N]) += sums over rows of dy, in order of the rows.
+    virtual void bias_backward(const Tensor& dy_TN, const Tensor& dbias) = 0;
+
     // --- elementwise ------------------------------------------------------------------------------------------------
     /// x (f32 [T, H]) = embedding[token]; embedding f32 or bf16 [V, H].
     virtual void embed(std::span<const std::int32_t> tokens, const Tensor& embedding_VH, const Tensor& x_TH) = 0;
@@ -118,6 +136,21 @@ class Engine {
     virtual void swiglu(const Tensor& gate_up, const Tensor& a_TI) = 0;
     /// In place: gate_up becomes d(gate) | d(up), given da; a_TI receives the recomputed silu(gate) * up.
     virtual void swiglu_backward(const Tensor& gate_up, const Tensor& da_TI, const Tensor& a_TI) = 0;
+    /// x (f32) += residual unless that is empty; then y = gain * (x - mean(x)) / sqrt(variance(x) + eps) + bias. gain, bias
+    /// f32 [1, H]; mean, rstd f32 [1, T] are written (may be empty). y may be residual.
+    virtual void layer_norm(const Tensor& x_TH, const Tensor& residual_TH, const Tensor& gain, const Tensor& bias, float eps,
+                            const Tensor& y_TH, const Tensor& mean, const Tensor& rstd) = 0;
+    /// dx (f32, overwritten; may be dy) from dy, for the x that layer_norm normalised; dgain, dbias (f32 [1, H]) +=.
+    virtual void layer_norm_backward(const Tensor& x_TH, const Tensor& gain, const Tensor& mean, const Tensor& rstd,
+                                     const Tensor& dy_TH, const Tensor& dx_TH, const Tensor& dgain, const Tensor& dbias) = 0;
+    /// a = x Phi(x), Phi the normal distribution function (GELU with erf). a may be x.
+    virtual void gelu(const Tensor& x_TI, const Tensor& a_TI) = 0;
+    /// In place: x becomes its gradient, given da; a receives the recomputed gelu(x).
+    virtual void gelu_backward(const Tensor& x_TI, const Tensor& da_TI, const Tensor& a_TI) = 0;
+    /// x = tanh(x), in place.
+    virtual void tanh(const Tensor& x) = 0;
+    /// dy *= 1 - y^2, in place, y = tanh(x).
+    virtual void tanh_backward(const Tensor& y, const Tensor& dy) = 0;
     /// out[i] = x[index[i]]; indices may repeat.
     virtual void gather_rows(const Tensor& x, std::span<const std::int64_t> index, const Tensor& out) = 0;
     /// x[index[i]] += d[i] (x f32), in order of i.
@@ -130,6 +163,14 @@ class Engine {
     /// dqkv [T, QKV] (overwritten) from dout.
     virtual void attention_backward(const Tensor& qkv, const AttentionShape& shape, std::span<const Segment> segments,
                                     const Tensor& out, const Tensor& lse, const Tensor& dout, const Tensor& dqkv) = 0;
+    /// out [T, NH*D] from qkv [T, 3*NH*D] = queries | keys | values and relative [S, 2*NH*D] = relative queries RQ | relative
+    /// keys RK; segments without trunks; lse f32 [NH, T] (may be empty).
+    virtual void disentangled_attention(const Tensor& qkv, const Tensor& relative, const DisentangledShape& shape,
+                                        std::span<const Segment> segments, const Tensor& out, const Tensor& lse) = 0;
+    /// dqkv [T, 3*NH*D] and drelative [S, 2*NH*D] (both overwritten) from dout.
+    virtual void disentangled_attention_backward(const Tensor& qkv, const Tensor& relative, const DisentangledShape& shape,
+                                                 std::span<const Segment> segments, const Tensor& out, const Tensor& lse,
+                                                 const Tensor& dout, const Tensor& dqkv, const Tensor& drelative) = 0;
     /// Memory is reserved, not touched, until positions are written.
     virtual std::unique_ptr<KvCache> make_cache(std::int64_t layers, std::int64_t slots, std::int64_t capacity,
                                                 const AttentionShape& shape) = 0;

@@ -130,6 +130,40 @@ TEST_P(RowInvarianceTest, norm_and_activation)
     }
 }
 
+TEST_P(RowInvarianceTest, encoder_operations)
+{
+    for (const std::int64_t width : {1, 5, 33, 64, 99, 576}) {
+        const Matrix x = random_matrix(all_rows, width, 1), residual = random_matrix(all_rows, width, 2);
+        const Matrix gain = random_matrix(1, width, 3), bias = random_matrix(1, width, 4);
+        const PackedWeight weight = packed(random_matrix(width, width, 5));
+        for (const std::int64_t extra : {0, 3}) {
+            const std::string what = cat(" of ", width, " stride +", extra);
+            const auto on_rows = [&](const auto& operation) {
+                return [&, operation](std::span<const std::int64_t> rows) {
+                    const Tensor y = output(static_cast<std::int64_t>(rows.size()), width, extra);
+                    operation(rows, tensor(rows_of(x, rows), extra), y);
+                    return values(y);
+                };
+            };
+            using Rows = std::span<const std::int64_t>;
+            expect_invariant("linear_bias" + what, on_rows([&](Rows, const Tensor& in, const Tensor& y) {
+                                 engine().linear_bias(in, weight, tensor(bias), y);
+                             }));
+            expect_invariant("layer_norm" + what, on_rows([&](Rows rows, const Tensor& in, const Tensor& y) {
+                                 engine().layer_norm(in, tensor(rows_of(residual, rows), extra), tensor(gain),
+                                                     tensor(bias), 1e-7f, y, {}, {});
+                             }));
+            expect_invariant("gelu" + what,
+                             on_rows([&](Rows, const Tensor& in, const Tensor& y) { engine().gelu(in, y); }));
+            expect_invariant("tanh" + what, [&](Rows rows) {
+                const Tensor y = tensor(rows_of(x, rows), extra);
+                engine().tanh(y);
+                return values(y);
+            });
+        }
+    }
+}
+
 TEST_P(RowInvarianceTest, rope_embed_and_gather)
 {
     const AttentionShape shape{3, 1, 6, 0.4f};
