@@ -11,7 +11,7 @@ namespace selm {
 Decoder::Impl::Impl(DecoderConfig model, Engine& used_engine, WeightStore& store)
     : config(std::move(model)), engine(used_engine), weights(store), shape(config.attention()),
       eps(static_cast<float>(config.rms_norm_eps)), activation(used_engine.activation_dtype()),
-      rope(used_engine, config.rope_theta, config.head_dim)
+      rope(used_engine, config)
 {
 }
 
@@ -25,8 +25,8 @@ void Decoder::Impl::check_tokens(std::span<const std::int32_t> tokens, std::span
     }
     for (const std::int32_t position : positions) {
         if (position < 0 || position >= config.max_positions)
-            throw data_error(cat("position ", position, " is beyond the model's context of ", config.max_positions,
-                                 " tokens (rotary embeddings were not trained there). Use a smaller maximum length"));
+            throw data_error(cat("position ", position, " is beyond the model's context of ", config.context(),
+                                 ". Use a smaller maximum length"));
     }
 }
 

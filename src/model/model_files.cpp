@@ -33,7 +33,7 @@ bool stays_behind(const std::string& name)
            std::find(names.begin(), names.end(), name) != names.end();
 }
 
-void make_sequence_classifier(ordered_json& config)
+void make_sequence_classifier(ordered_json& config, const DecoderConfig& model)
 {
     auto name = config["architectures"][0].get<std::string>();
     if (const auto at = name.find("ForCausalLM"); at != std::string::npos)
@@ -45,14 +45,16 @@ void make_sequence_classifier(ordered_json& config)
     // transformers reads the score at the last token that is no padding: the one before the end token where both are one.
     const auto end = config.find("eos_token_id");
     const auto padding = config.find("pad_token_id");
-    if (end != config.end() && padding != config.end() &&
+    if (padding == config.end() && model.padding_token >= 0)
+        config["pad_token_id"] = nullptr; // the padding token that transformers assumes of the family is its end token
+    else if (end != config.end() && padding != config.end() &&
         (*end == *padding || (end->is_array() && std::find(end->begin(), end->end(), *padding) != end->end())))
         *padding = nullptr;
 }
 
 void write_config(const std::string& from, const std::string& to, const ModelFilesOptions& options)
 {
-    DecoderConfig::from_directory(from); // refuses what is no supported model, naming the key
+    const DecoderConfig model = DecoderConfig::from_directory(from); // refuses what is not supported, naming the key
     ordered_json config = ordered_json::parse(read_file(from + "/config.json"));
     const char* word = options.dtype == DType::f32 ? "float32" : "bfloat16";
     const bool new_name = config.contains("dtype"); // transformers 5; before it torch_dtype
@@ -61,7 +63,7 @@ void write_config(const std::string& from, const std::string& to, const ModelFil
     if (new_name)
         config["dtype"] = word;
     if (options.sequence_classifier)
-        make_sequence_classifier(config);
+        make_sequence_classifier(config, model);
     write_file_atomically(to + "/config.json", config.dump(2) + "\n");
 }
 

@@ -2,22 +2,51 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numbers>
 
 namespace selm {
+namespace {
 
-std::vector<float> rope_inverse_frequencies(double theta, std::int64_t head_dim)
+/// a * b rounded to float, whatever the compiler would like to fuse it with.
+float product(float a, float b)
+{
+    return static_cast<float>(static_cast<double>(a) * static_cast<double>(b));
+}
+
+/// The operations of transformers' _compute_llama3_parameters, each rounded to float32; torch divides a number by a tensor
+/// as number times reciprocal.
+float stretched(float frequency, const Llama3RopeScaling& scaling)
+{
+    const auto original = static_cast<double>(scaling.original_positions);
+    const auto factor = static_cast<float>(scaling.factor);
+    const auto low = static_cast<float>(scaling.low_frequency_factor);
+    const float wavelength = product(1.0F / frequency, static_cast<float>(2 * std::numbers::pi));
+    if (wavelength > static_cast<float>(original / scaling.low_frequency_factor))
+        return frequency / factor;
+    if (wavelength < static_cast<float>(original / scaling.high_frequency_factor))
+        return frequency;
+    const float smooth = (product(1.0F / wavelength, static_cast<float>(original)) - low) /
+                         static_cast<float>(scaling.high_frequency_factor - scaling.low_frequency_factor);
+    return product(1.0F - smooth, frequency) / factor + product(smooth, frequency);
+}
+
+} // namespace
+
+std::vector<float> rope_inverse_frequencies(double theta, std::int64_t head_dim,
+                                            const std::optional<Llama3RopeScaling>& scaling)
 {
     std::vector<float> out;
     for (std::int64_t i = 0; i < head_dim; i += 2) {
         const float exponent = static_cast<float>(i) / static_cast<float>(head_dim);
         const auto power = static_cast<float>(std::pow(theta, static_cast<double>(exponent)));
-        out.push_back(1.0F / power);
+        out.push_back(scaling ? stretched(1.0F / power, *scaling) : 1.0F / power);
     }
     return out;
 }
 
-RopeTables::RopeTables(Engine& engine, double theta, std::int64_t head_dim)
-    : engine_(engine), inverse_frequencies_(rope_inverse_frequencies(theta, head_dim))
+RopeTables::RopeTables(Engine& engine, const DecoderConfig& config)
+    : engine_(engine),
+      inverse_frequencies_(rope_inverse_frequencies(config.rope_theta, config.head_dim, config.rope_scaling))
 {
 }
 

@@ -1,14 +1,18 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "selm/kernels/engine.hpp"
+#include "selm/model/decoder_config.hpp"
 
 namespace selm {
 
-/// Inverse frequencies f32 [D/2] of rotary embeddings: theta^(-2i/D), in the arithmetic of transformers (all in float32).
-std::vector<float> rope_inverse_frequencies(double theta, std::int64_t head_dim);
+/// Inverse frequencies f32 [D/2] of rotary embeddings: theta^(-2i/D), stretched where @p scaling says so, in the arithmetic
+/// of transformers (all in float32).
+std::vector<float> rope_inverse_frequencies(double theta, std::int64_t head_dim,
+                                            const std::optional<Llama3RopeScaling>& scaling = {});
 
 /**
  * @brief Cosine and sine tables f32 [positions, D/2] on the engine's device, grown as positions are asked for.
@@ -18,7 +22,7 @@ std::vector<float> rope_inverse_frequencies(double theta, std::int64_t head_dim)
  */
 class RopeTables {
   public:
-    RopeTables(Engine& engine, double theta, std::int64_t head_dim);
+    RopeTables(Engine& engine, const DecoderConfig& config);
     void cover(std::int64_t positions);
     const Tensor& cosines() const { return cosines_; }
     const Tensor& sines() const { return sines_; }

@@ -276,7 +276,20 @@ struct SafetensorsReader::Impl {
         return parse_file(*files.back());
     }
     void open_index(const std::string& path);
+    /// @throws Error bad_data when the tensor is missing or not of that shape.
+    const StoredTensor& find(const std::string& name, const std::vector<std::int64_t>& shape) const;
 };
+
+const StoredTensor& SafetensorsReader::Impl::find(const std::string& name, const std::vector<std::int64_t>& shape) const
+{
+    const auto found = stored.find(name);
+    if (found == stored.end())
+        throw data_error(cat(directory, ": tensor '", name, "' is missing (config.json calls for it)"));
+    if (found->second.info.shape != shape)
+        throw data_error(cat(found->second.info.file, ": tensor '", name, "' has shape ", shape_text(found->second.info.shape),
+                             ", but config.json calls for ", shape_text(shape)));
+    return found->second;
+}
 
 void SafetensorsReader::Impl::open_index(const std::string& path)
 {
@@ -335,13 +348,7 @@ bool SafetensorsReader::has(const std::string& name) const { return impl_->store
 void SafetensorsReader::read_f32(const std::string& name, const std::vector<std::int64_t>& shape, std::int64_t begin,
                                  std::span<float> out) const
 {
-    const auto found = impl_->stored.find(name);
-    if (found == impl_->stored.end())
-        throw data_error(cat(impl_->directory, ": tensor '", name, "' is missing (config.json calls for it)"));
-    const StoredTensor& tensor = found->second;
-    if (tensor.info.shape != shape)
-        throw data_error(cat(tensor.info.file, ": tensor '", name, "' has shape ", shape_text(tensor.info.shape),
-                             ", but config.json calls for ", shape_text(shape)));
+    const StoredTensor& tensor = impl_->find(name, shape);
     SELM_EXPECT(begin >= 0 && begin + static_cast<std::int64_t>(out.size()) <= tensor.info.elements());
     if (tensor.info.dtype == "F32")
         std::memcpy(out.data(), tensor.data + begin * 4, out.size_bytes());
@@ -352,6 +359,18 @@ void SafetensorsReader::read_f32(const std::string& name, const std::vector<std:
     else
         throw data_error(cat(tensor.info.file, ": tensor '", name, "' has dtype ", tensor.info.dtype,
                              " (weights must be F32, BF16 or F16). Quantised checkpoints are not supported"));
+}
+
+Tensor SafetensorsReader::view(const std::string& name, const std::vector<std::int64_t>& shape) const
+{
+    const StoredTensor& tensor = impl_->find(name, shape);
+    const bool is_f32 = tensor.info.dtype == "F32";
+    const auto address = reinterpret_cast<std::uintptr_t>(tensor.data);
+    if ((!is_f32 && tensor.info.dtype != "BF16") || shape.empty() || shape.size() > 2 || address % (is_f32 ? 4 : 2) != 0)
+        return {};
+    const std::int64_t columns = shape.back();
+    void* const data = const_cast<unsigned char*>(tensor.data); // a Tensor can be written, a mapped file cannot
+    return {nullptr, data, shape.size() == 2 ? shape[0] : 1, columns, columns, is_f32 ? DType::f32 : DType::bf16, Device::cpu};
 }
 
 std::string SafetensorsReader::digest() const

@@ -1,5 +1,6 @@
 #include "selm/model/weights.hpp"
 
+#include <algorithm>
 #include <utility>
 
 #include "selm/base/error.hpp"
@@ -33,14 +34,16 @@ struct BlockLayout {
     std::vector<Place> places;
     std::int64_t total = 0;
 
-    BlockLayout(const DecoderConfig& config, const Engine& engine, std::span<const ParameterSpec> specs, bool with_backward)
+    BlockLayout(const DecoderConfig& config, const Engine& engine, std::span<const ParameterSpec> specs, bool with_backward,
+                DType embedding)
     {
         for (std::size_t i = 0; i < specs.size(); ++i) {
             const ParameterSpec& spec = specs[i];
             const bool dense = is_dense(config, static_cast<std::int64_t>(i));
             const std::int64_t packed = dense ? 0 : engine.packed_elements(spec.rows, spec.columns, with_backward);
             const bool in_place = dense || engine.device() == Device::cpu;
-            add(packed > 0 ? packed : in_place ? spec.elements() : 0, packed > 0);
+            const bool halves = i == ParameterIndex::embedding && embedding == DType::bf16;
+            add(packed > 0 ? packed : in_place ? (spec.elements() + halves) / (halves ? 2 : 1) : 0, packed > 0);
         }
         const bool tied = ParameterIndex::head(config) == ParameterIndex::embedding;
         const std::int64_t head = tied ? engine.packed_elements(config.vocabulary, config.hidden, with_backward) : 0;
@@ -53,11 +56,56 @@ struct BlockLayout {
     }
 };
 
+/// Type of the embedding in memory that is read from a checkpoint: each rank looks up a few rows, so that it need not be
+/// expanded to f32.
+DType embedding_dtype(const Engine& engine, DType dtype) { return engine.device() == Device::cpu ? dtype : DType::f32; }
+
+/// Reads a parameter into f32 [rows, columns].
 void read_parameter(const SafetensorsReader& reader, const ParameterSpec& spec, DType dtype, std::span<float> out)
 {
     read_model_parameter(reader, spec, out);
     if (dtype == DType::bf16)
         round_to_bf16(out);
+}
+
+/// Reads a parameter into bf16 [rows, columns].
+void read_bf16(const SafetensorsReader& reader, const ParameterSpec& spec, std::uint16_t* out)
+{
+    constexpr std::int64_t most = std::int64_t{1} << 20;
+    std::vector<float> block(static_cast<std::size_t>(std::min(most, spec.elements())));
+    for (const ParameterSpec::Part& part : spec.parts) {
+        const std::int64_t elements = part.rows * spec.columns;
+        for (std::int64_t begin = 0; begin < elements; begin += most) {
+            const auto values = std::span(block).first(static_cast<std::size_t>(std::min(most, elements - begin)));
+            reader.read_f32(part.name, part.shape, begin, values);
+            std::transform(values.begin(), values.end(), out + part.row_begin * spec.columns + begin, float_to_bf16);
+        }
+    }
+}
+
+/// Room for one parameter on its way from the checkpoint into the engine's packing.
+struct LoadBuffer {
+    std::vector<float> f32;
+    std::vector<std::uint16_t> bf16;
+};
+
+/// A parameter's values, f32 or bf16: where they lie in the mapped file if they can be used as they are there, otherwise in
+/// the buffer. The output head of a large vocabulary alone takes gigabytes.
+Tensor parameter_values(const SafetensorsReader& reader, const ParameterSpec& spec, DType dtype, LoadBuffer& buffer)
+{
+    if (spec.parts.size() == 1) {
+        const Tensor view = reader.view(spec.parts[0].name, spec.parts[0].shape);
+        if (!view.empty() && (view.dtype == DType::bf16 || dtype == DType::f32))
+            return view;
+    }
+    if (dtype == DType::bf16) {
+        buffer.bf16.resize(static_cast<std::size_t>(spec.elements()));
+        read_bf16(reader, spec, buffer.bf16.data());
+        return {nullptr, buffer.bf16.data(), spec.rows, spec.columns, spec.columns, DType::bf16, Device::cpu};
+    }
+    buffer.f32.resize(static_cast<std::size_t>(spec.elements()));
+    read_model_parameter(reader, spec, buffer.f32);
+    return borrow_f32(buffer.f32.data(), spec.rows, spec.columns);
 }
 
 /// Shape alone, for a handle to panels that another rank filled.
@@ -69,9 +117,9 @@ Tensor shape_only(const ParameterSpec& spec)
 } // namespace
 
 struct ResidentWeights::Impl {
-    Impl(const DecoderConfig& model, Engine& used_engine, const Options& used_options)
+    Impl(const DecoderConfig& model, Engine& used_engine, const Options& used_options, DType embedding)
         : config(model), engine(used_engine), options(used_options), specs(decoder_parameters(model)),
-          layout(model, used_engine, specs, used_options.with_backward), layers(static_cast<std::size_t>(model.layers))
+          layout(model, used_engine, specs, used_options.with_backward, embedding), layers(static_cast<std::size_t>(model.layers))
     {
     }
 
@@ -92,9 +140,10 @@ struct ResidentWeights::Impl {
     std::int64_t head_index() const { return ParameterIndex::head(config); }
     bool tied() const { return head_index() == ParameterIndex::embedding; }
 
-    Tensor carve(std::size_t place, std::int64_t rows, std::int64_t columns) const
+    Tensor carve(std::size_t place, std::int64_t rows, std::int64_t columns, DType dtype = DType::f32) const
     {
         Tensor view = block;
+        view.dtype = dtype;
         view.data = block.f32() + layout.places[place].begin;
         view.rows = rows;
         view.columns = view.stride = columns;
@@ -125,26 +174,36 @@ struct ResidentWeights::Impl {
     }
 
     void load(const SafetensorsReader& reader);
-    void load_one(const SafetensorsReader& reader, std::size_t index, std::vector<float>& buffer);
-    void load_in_place(const SafetensorsReader& reader, std::size_t index, std::vector<float>& buffer);
+    void load_one(const SafetensorsReader& reader, std::size_t index, LoadBuffer& buffer);
+    Tensor place_of(std::size_t index) const;
+    void load_in_place(const SafetensorsReader& reader, std::size_t index, LoadBuffer& buffer);
     void pack_flat();
 };
 
-/// Values that the engine uses unpacked: straight into their place.
-void ResidentWeights::Impl::load_in_place(const SafetensorsReader& reader, std::size_t index, std::vector<float>& buffer)
+/// Where values stand that the engine uses unpacked.
+Tensor ResidentWeights::Impl::place_of(std::size_t index) const
+{
+    const bool is_embedding = static_cast<std::int64_t>(index) == ParameterIndex::embedding;
+    return carve(index, specs[index].rows, specs[index].columns,
+                 is_embedding ? embedding_dtype(engine, options.dtype) : DType::f32);
+}
+
+void ResidentWeights::Impl::load_in_place(const SafetensorsReader& reader, std::size_t index, LoadBuffer& buffer)
 {
     const ParameterSpec& spec = specs[index];
-    const Tensor place = carve(index, spec.rows, spec.columns);
-    if (engine.device() == Device::cpu) {
+    const Tensor place = place_of(index);
+    if (place.dtype == DType::bf16) {
+        read_bf16(reader, spec, place.bf16());
+    } else if (engine.device() == Device::cpu) {
         read_parameter(reader, spec, options.dtype, {place.f32(), static_cast<std::size_t>(spec.elements())});
     } else {
-        buffer.resize(static_cast<std::size_t>(spec.elements()));
-        read_parameter(reader, spec, options.dtype, buffer);
-        engine.copy_from_host(buffer.data(), place);
+        buffer.f32.resize(static_cast<std::size_t>(spec.elements()));
+        read_parameter(reader, spec, options.dtype, buffer.f32);
+        engine.copy_from_host(buffer.f32.data(), place);
     }
 }
 
-void ResidentWeights::Impl::load_one(const SafetensorsReader& reader, std::size_t index, std::vector<float>& buffer)
+void ResidentWeights::Impl::load_one(const SafetensorsReader& reader, std::size_t index, LoadBuffer& buffer)
 {
     const auto parameter = static_cast<std::int64_t>(index);
     const ParameterSpec& spec = specs[index];
@@ -152,13 +211,11 @@ void ResidentWeights::Impl::load_one(const SafetensorsReader& reader, std::size_
     const BlockLayout::Place& place = layout.places[index];
     Tensor values = shape_only(spec);
     if (!place.packed && place.elements > 0) {
-        values = carve(index, spec.rows, spec.columns);
+        values = place_of(index);
         if (mine)
             load_in_place(reader, index, buffer);
     } else if (mine) {
-        buffer.resize(static_cast<std::size_t>(spec.elements()));
-        read_parameter(reader, spec, options.dtype, buffer);
-        values = borrow_f32(buffer.data(), spec.rows, spec.columns);
+        values = parameter_values(reader, spec, options.dtype, buffer);
     }
     if (is_dense(config, parameter)) {
         set_dense(parameter, values);
@@ -175,7 +232,7 @@ void ResidentWeights::Impl::load_one(const SafetensorsReader& reader, std::size_
 
 void ResidentWeights::Impl::load(const SafetensorsReader& reader)
 {
-    std::vector<float> buffer;
+    LoadBuffer buffer;
     for (std::size_t i = 0; i < specs.size(); ++i)
         load_one(reader, i, buffer);
 }
@@ -200,16 +257,17 @@ void ResidentWeights::Impl::pack_flat()
         head = engine.pack(flat[0], options.with_backward, storage_of(layout.places.size() - 1), false);
 }
 
-std::int64_t ResidentWeights::memory_elements(const DecoderConfig& config, const Engine& engine, bool with_backward)
+std::int64_t ResidentWeights::memory_elements(const DecoderConfig& config, const Engine& engine, bool with_backward,
+                                              DType dtype)
 {
     if (engine.device() != Device::cpu)
         return 0;
-    return BlockLayout(config, engine, decoder_parameters(config), with_backward).total;
+    return BlockLayout(config, engine, decoder_parameters(config), with_backward, embedding_dtype(engine, dtype)).total;
 }
 
 ResidentWeights::ResidentWeights(const DecoderConfig& config, Engine& engine, const SafetensorsReader& reader,
                                  const Options& options, const Tensor& memory)
-    : impl_(std::make_unique<Impl>(config, engine, options))
+    : impl_(std::make_unique<Impl>(config, engine, options, embedding_dtype(engine, options.dtype)))
 {
     SELM_EXPECT(options.parts >= 1 && options.part >= 0 && options.part < options.parts);
     if (engine.device() != Device::cpu) { // every rank has a device, and all weights on it
@@ -226,7 +284,7 @@ ResidentWeights::ResidentWeights(const DecoderConfig& config, Engine& engine, co
 
 ResidentWeights::ResidentWeights(const DecoderConfig& config, Engine& engine, std::vector<Tensor> parameters,
                                  const Options& options)
-    : impl_(std::make_unique<Impl>(config, engine, options))
+    : impl_(std::make_unique<Impl>(config, engine, options, DType::f32))
 {
     SELM_EXPECT(options.parts == 1 && parameters.size() == impl_->specs.size());
     for (std::size_t i = 0; i < parameters.size(); ++i)

@@ -42,21 +42,34 @@ class Tiny:
     model: torch.nn.Module
 
 
+WINDOW = 300
+LLAMA3_SCALING = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                  "original_max_position_embeddings": 64}  # of the 8 wavelengths one stays, two are mixed, five become longer
 SHAPES = {
     "tied_grouped": dict(num_attention_heads=6, num_key_value_heads=2, hidden_size=48, tie_word_embeddings=True),
     "untied_multi_head": dict(num_attention_heads=4, num_key_value_heads=4, hidden_size=32, tie_word_embeddings=False),
     "wide_heads": dict(num_attention_heads=4, num_key_value_heads=2, hidden_size=40, head_dim=16, tie_word_embeddings=False),
     "one_key_head": dict(num_attention_heads=4, num_key_value_heads=1, hidden_size=64, tie_word_embeddings=True),
     "padding_token": dict(num_attention_heads=4, num_key_value_heads=2, hidden_size=32, tie_word_embeddings=True, pad_token_id=9),
+    "llama3_scaling": dict(num_attention_heads=4, num_key_value_heads=2, hidden_size=64, tie_word_embeddings=False,
+                           rope_parameters=LLAMA3_SCALING),
+    "mistral": dict(family="Mistral", num_attention_heads=4, num_key_value_heads=2, hidden_size=48, head_dim=128,
+                    sliding_window=WINDOW),
+    "mistral_tied": dict(family="Mistral", num_attention_heads=4, num_key_value_heads=1, hidden_size=32, tie_word_embeddings=True,
+                         sliding_window=None, rope_parameters=LLAMA3_SCALING),
+    "phi3": dict(family="Phi3", num_attention_heads=2, num_key_value_heads=1, hidden_size=192, sliding_window=WINDOW,
+                 initializer_range=0.07, pad_token_id=9, eos_token_id=2),
 }
 
 
-def make_tiny(directory: Path, shape: dict, kind=transformers.LlamaForCausalLM, **extra) -> Tiny:
+def make_tiny(directory: Path, shape: dict, head="CausalLM", **extra) -> Tiny:
     torch.manual_seed(7)
-    config = transformers.LlamaConfig(vocab_size=211, intermediate_size=72, num_hidden_layers=3, max_position_embeddings=512,
-                                      rms_norm_eps=1e-5, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-                                      initializer_range=0.15, **shape, **extra)
-    model = kind(config).to(torch.float32).eval()
+    options = dict(vocab_size=211, intermediate_size=72, num_hidden_layers=3, max_position_embeddings=512, rms_norm_eps=1e-5,
+                   rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, initializer_range=0.15)
+    options.update(shape, **extra)
+    family = options.pop("family", "Llama")
+    config = getattr(transformers, f"{family}Config")(**options)
+    model = getattr(transformers, f"{family}For{head}")(config).to(torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():  # gains of 1 would hide a missing factor
             if "norm" in name:
@@ -219,14 +232,48 @@ def test_real_gradients(smollm2, engine, tmp_path):
     compare_gradients(tmp_path, smollm2, rows, engine, 1e-4)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_rewards_of_a_sequence_classifier(engine, tmp_path):
-    reward = make_tiny(tmp_path / "reward", SHAPES["wide_heads"], transformers.LlamaForSequenceClassification, num_labels=1)
+def test_greedy_generation(tiny, tmp_path):
+    prompts = random_ids(11, [3, 70, 130], 211)
+    answers = []
+    for prompt in prompts:
+        output = tiny.model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                                     max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0)
+        answers.append(output[0, len(prompt):].tolist())
+        assert len(answers[-1]) == 40
+    sequences = [prompt + answer[:-1] for prompt, answer in zip(prompts, answers)]
+    request = dict(op="decode", model=str(tiny.directory), engine=ENGINES[-1], sequences=sequences, last=40, chunk=64)
+    ours, _ = run_tool(tmp_path, request)
+    assert ours.reshape(3, 40, 211).argmax(-1).tolist() == answers  # so choosing the best token each time gives the answers
+
+
+@pytest.mark.parametrize("kind", ["mistral", "phi3"])
+def test_sequences_beyond_the_sliding_window_are_refused(kind, tmp_path):
+    subject = make_tiny(tmp_path / "model", SHAPES[kind])
+    ids = random_ids(12, [WINDOW + 2], 211)[0]
+    windowed = reference_logits(subject.model, ids, 1)
+    subject.model.config.sliding_window = None
+    assert np.abs(reference_logits(subject.model, ids, 1) - windowed).max() > 1e-3  # with reason: the window changes them
+    for op in (dict(op="logits"), dict(op="decode", chunk=64)):
+        request = dict(model=str(subject.directory), sequences=[ids[:WINDOW + 1]], last=1, **op)
+        _, message = run_tool(tmp_path, request, expect=65)
+        assert "sliding_window" in message and f"{WINDOW} tokens" in message
+
+
+@pytest.mark.parametrize("kind", ["wide_heads", "llama3_scaling", "mistral", "phi3"])
+def test_rewards_of_a_sequence_classifier(kind, tmp_path):
+    reward = make_tiny(tmp_path / "reward", SHAPES[kind], "SequenceClassification", num_labels=1, pad_token_id=None)
     sequences = random_ids(6, [1, 30, 70], 211)
-    ours, _ = run_tool(tmp_path, dict(op="scores", model=str(reward.directory), engine=engine, sequences=sequences))
-    with torch.no_grad():
-        expected = [reward.model(torch.tensor([ids])).logits[0, 0].item() for ids in sequences]
-    np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-5)
+    for engine in ENGINES:
+        ours, _ = run_tool(tmp_path, dict(op="scores", model=str(reward.directory), engine=engine, sequences=sequences))
+        with torch.no_grad():
+            expected = [reward.model(torch.tensor([ids])).logits[0, 0].item() for ids in sequences]
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-5)
+    target = tmp_path / "saved"
+    run_tool(tmp_path, dict(op="save", model=str(reward.directory), to=str(target), dtype="bf16", max_shard_bytes=30_000))
+    saved, report = transformers.AutoModelForSequenceClassification.from_pretrained(target, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and saved.dtype == torch.bfloat16
+    for name, value in reward.model.state_dict().items():
+        assert torch.equal(saved.state_dict()[name], value.to(torch.bfloat16)), name
 
 
 @pytest.mark.parametrize("shard_bytes", [5_000_000_000, 30_000])

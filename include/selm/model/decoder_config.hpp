@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -8,9 +9,22 @@
 
 namespace selm {
 
-/// Shape of a decoder of the Llama family, read from a Hugging Face config.json.
+/**
+ * @brief Rotary embeddings stretched as in Llama 3.1 (rope_type "llama3"): wavelengths of more than original_positions /
+ * low_frequency_factor positions become `factor` times longer, those under original_positions / high_frequency_factor stay,
+ * between them the two are mixed.
+ */
+struct Llama3RopeScaling {
+    double factor = 1;
+    double low_frequency_factor = 1;
+    double high_frequency_factor = 4;    ///< above low_frequency_factor
+    std::int64_t original_positions = 0; ///< context in tokens before stretching
+    bool operator==(const Llama3RopeScaling&) const = default;
+};
+
+/// Shape of a decoder of the Llama family (Llama, Mistral, Phi-3), read from a Hugging Face config.json.
 struct DecoderConfig {
-    std::string model_type;              ///< "llama" now; "mistral", "phi3" are further configurations of the same decoder
+    std::string model_type;              ///< "llama", "mistral" or "phi3"
     std::int64_t vocabulary = 0;         ///< V
     std::int64_t hidden = 0;             ///< H
     std::int64_t intermediate = 0;       ///< I
@@ -18,8 +32,12 @@ struct DecoderConfig {
     std::int64_t heads = 0;              ///< NH
     std::int64_t kv_heads = 0;           ///< NK
     std::int64_t head_dim = 0;           ///< D
-    std::int64_t max_positions = 0;      ///< context length in tokens
+    /// Longest sequence in tokens: max_position_embeddings, or sliding_window where that is smaller (a longer sequence
+    /// would need windowed attention, which the decoder does not have; up to there the two are the same).
+    std::int64_t max_positions = 0;
+    std::int64_t sliding_window = 0;     ///< where it is what limits max_positions (each token attends to the last that many)
     double rope_theta = 10000;
+    std::optional<Llama3RopeScaling> rope_scaling;
     double rms_norm_eps = 1e-5;
     bool tied_embeddings = false;
     bool sequence_classifier = false;    ///< score.weight [1, H] instead of a language-model head
@@ -29,9 +47,11 @@ struct DecoderConfig {
 
     AttentionShape attention() const;
     std::int64_t qkv_width() const { return (heads + 2 * kv_heads) * head_dim; }
+    /// "N tokens", for messages; says so where the sliding window is what limits it.
+    std::string context() const;
 
-    /// @throws Error configuration naming file and key: missing, or an unsupported architecture, activation, rope scaling,
-    /// bias, or sliding window.
+    /// @throws Error configuration naming file and key: missing, malformed, or an unsupported architecture, activation, rope
+    /// scaling, partial rotation or bias.
     static DecoderConfig from_directory(const std::string& directory);
 };
 

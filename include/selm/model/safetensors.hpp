@@ -35,6 +35,9 @@ class SafetensorsReader {
     /// Reads elements [begin, begin+count) of a tensor as f32 (BF16/F16 widened). @param shape expected shape, checked.
     /// @throws Error bad_data naming the tensor when missing, of another shape or dtype.
     void read_f32(const std::string& name, const std::vector<std::int64_t>& shape, std::int64_t begin, std::span<float> out) const;
+    /// The tensor where it lies in the mapped file, f32 or bf16 [rows, columns] (or [1, columns]): read-only, alive with the
+    /// reader. Empty where it must be converted (F16) or lies at an odd address. @throws as read_f32().
+    Tensor view(const std::string& name, const std::vector<std::int64_t>& shape) const;
     /// Digest over names, dtypes, shapes and bytes of all tensors, sorted by name: equal weights give equal digests however
     /// they are sharded into files. Computed once per call (reads everything).
     std::string digest() const;

@@ -47,7 +47,9 @@ class ResidentWeights final : public WeightStore {
         int part = 0, parts = 1;     ///< this rank packs parameters i with i % parts == part
     };
     /// f32 elements that `memory` must hold for this config; 0 for an engine on a device, where weights are never shared.
-    static std::int64_t memory_elements(const DecoderConfig& config, const Engine& engine, bool with_backward);
+    /// @param dtype as in Options: bf16 takes less.
+    static std::int64_t memory_elements(const DecoderConfig& config, const Engine& engine, bool with_backward,
+                                        DType dtype = DType::f32);
 
     /// From a checkpoint directory. @param memory f32 [1, memory_elements()] at 64-byte alignment, filled by all parts and
     /// kept alive by the caller; empty: private memory from the engine (one part). @throws Error as SafetensorsReader.

@@ -408,6 +408,22 @@ TEST(Rope, InverseFrequenciesAreThoseOfFloat32)
     EXPECT_FLOAT_EQ(values[31], 1.4330126e-05F);
 }
 
+TEST(Rope, Llama3ScalingStretchesLongWavelengths)
+{
+    // transformers 5.23, _compute_llama3_parameters with theta 500000, head_dim 128 and Llama 3.1's values (factor 8,
+    // factors 1 and 4, 8192 positions): elements 0 and 28 are kept, 30 and 34 mixed, 36 and 63
+    // divided by 8
+    const auto values = rope_inverse_frequencies(500000.0, 128, Llama3RopeScaling{8, 1, 4, 8192});
+    const auto plain = rope_inverse_frequencies(500000.0, 128);
+    ASSERT_EQ(values.size(), 64U);
+    EXPECT_EQ(values[0], 1.0F);
+    EXPECT_EQ(values[28], plain[28]);
+    EXPECT_FLOAT_EQ(values[30], 0.0013718937F);
+    EXPECT_FLOAT_EQ(values[34], 0.00017850779F);
+    EXPECT_EQ(values[36], plain[36] / 8);
+    EXPECT_FLOAT_EQ(values[63], 3.0689259e-07F);
+}
+
 /// Checkpoint of a tiny model.
 void write_checkpoint(const std::string& directory, const DecoderConfig& config, const TinyParameters& parameters)
 {
@@ -461,6 +477,27 @@ TEST(ResidentWeights, Bf16RoundsTheWeights)
         round_to_bf16(values);
     exact.weights.refresh();
     EXPECT_EQ(rounded, exact.decoder.log_probs(two_rows()));
+}
+
+TEST(ResidentWeights, ABf16CheckpointIsUsedAsItIs)
+{
+    for (const bool tied : {true, false}) {
+        TinyModel flat(tied);
+        const test::TemporaryDirectory directory;
+        write_model_weights(directory.path(""), flat.config, flat.parameters.tensors, DType::bf16);
+        for (auto& values : flat.parameters.values)
+            round_to_bf16(values);
+        flat.weights.refresh();
+        const SafetensorsReader reader(directory.path(""));
+        for (const DType dtype : {DType::bf16, DType::f32}) {
+            ResidentWeights weights(flat.config, *flat.engine, reader, {.dtype = dtype}, {});
+            EXPECT_EQ(weights.embedding().dtype, dtype);
+            Decoder decoder(flat.config, *flat.engine, weights);
+            EXPECT_EQ(decoder.log_probs(two_rows()), flat.decoder.log_probs(two_rows()));
+        }
+        EXPECT_LT(ResidentWeights::memory_elements(flat.config, *flat.engine, false, DType::bf16),
+                  ResidentWeights::memory_elements(flat.config, *flat.engine, false, DType::f32));
+    }
 }
 
 TEST(ResidentWeights, AMissingTensorIsNamed)

@@ -71,6 +71,33 @@ TEST(Safetensors, F32RoundTripIsExact)
     EXPECT_EQ(out[3], numbers(20)[16]);
 }
 
+TEST(Safetensors, ATensorIsSeenWhereItLiesInTheFile)
+{
+    for (const DType dtype : {DType::f32, DType::bf16}) {
+        const TemporaryDirectory directory;
+        write_safetensors(directory.path(""), three_tensors(), dtype);
+        const SafetensorsReader reader(directory.path(""));
+        const Tensor b = reader.view("b", {4, 5});
+        ASSERT_FALSE(b.empty());
+        EXPECT_EQ(b.dtype, dtype);
+        EXPECT_EQ(b.rows, 4);
+        EXPECT_EQ(b.stride, 5);
+        std::vector<float> read(20);
+        reader.read_f32("b", {4, 5}, 0, read);
+        EXPECT_EQ(dtype == DType::f32 ? b.row_f32(2)[3] : bf16_to_float(b.bf16()[13]), read[13]);
+        EXPECT_EQ(reader.view("a", {7}).columns, 7);
+        EXPECT_EQ(failure_of([&] { reader.view("b", {5, 4}); }).code(), ExitCode::bad_data);
+        EXPECT_EQ(failure_of([&] { reader.view("d", {1}); }).code(), ExitCode::bad_data);
+    }
+    const TemporaryDirectory directory; // one byte of padding too few, and a type that must be converted
+    std::string odd = R"({"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"y":{"dtype":"F16","shape":[1],"data_offsets":[4,6]}})";
+    odd.resize(odd.size() / 8 * 8 + 9, ' ');
+    directory.write("model.safetensors", safetensors_bytes(odd, std::string(6, '\1')));
+    const SafetensorsReader reader(directory.path(""));
+    EXPECT_TRUE(reader.view("x", {1}).empty());
+    EXPECT_TRUE(reader.view("y", {1}).empty());
+}
+
 TEST(Safetensors, Bf16IsRoundedToNearestEven)
 {
     const TemporaryDirectory directory;
