@@ -335,9 +335,18 @@ void Decoder::backward_scored(ScoredPass& pass, std::span<const float> g, Gradie
 
 std::int64_t Decoder::activation_bytes(std::int64_t tokens, std::int64_t scored) const
 {
-    const DecoderConfig& c = impl_->config;
-    const auto width = static_cast<std::int64_t>(size_of(impl_->activation));
+    return decoder_activation_bytes(impl_->config, impl_->activation, tokens, scored, true);
+}
+
+std::int64_t decoder_activation_bytes(const DecoderConfig& c, DType activation, std::int64_t tokens, std::int64_t scored, bool keep)
+{
+    const auto width = static_cast<std::int64_t>(size_of(activation));
     const std::int64_t attended = c.heads * c.head_dim;
+    if (!keep) {
+        // One layer's x, lse, qkv, attended, gate_up; normed, activated. x_selected, hidden.
+        const std::int64_t working = 4 * (c.hidden + c.heads) + width * (c.qkv_width() + attended + 3 * c.intermediate + c.hidden);
+        return tokens * working + scored * (4 + width) * c.hidden;
+    }
     const std::int64_t saved = 4 * (2 * c.hidden + c.heads + 2) + width * (c.qkv_width() + attended + 2 * c.intermediate);
     // x_out, d_x; normed, d_normed; activated, d_activated; d_attended, d_qkv
     const std::int64_t working = 4 * 2 * c.hidden + width * (2 * c.hidden + 2 * c.intermediate + attended + c.qkv_width());

@@ -67,6 +67,10 @@ class Decoder {
     std::unique_ptr<Impl> impl_;
 };
 
+/// The same for a model that is not at hand. @param keep false: of a pass that saves nothing for backward.
+std::int64_t decoder_activation_bytes(const DecoderConfig& config, DType activation, std::int64_t tokens, std::int64_t scored,
+                                      bool keep);
+
 /// A work item of a decoding step: tokens of one sequence at consecutive positions.
 struct DecodeWork {
     std::int64_t slot = 0;
