@@ -1,5 +1,5 @@
 # Third-party packages as targets: MPI::MPI_C selm::hdf5 selm::kokkos selm::torch selm::parquet selm::xsmm selm::pcre2
-# selm::xxhash nlohmann_json::nlohmann_json Boost::program_options GTest::gtest.
+# selm::sentencepiece selm::xxhash nlohmann_json::nlohmann_json Boost::program_options GTest::gtest.
 
 find_package(Threads REQUIRED)
 
@@ -27,6 +27,7 @@ find_package(nlohmann_json 3.11 REQUIRED)
 find_package(SelmKokkos REQUIRED)
 find_package(SelmXsmm REQUIRED)
 find_package(SelmPcre2 REQUIRED)
+find_package(SelmSentencepiece REQUIRED)
 find_package(SelmXxhash REQUIRED)
 
 if(NOT SELM_PYTHON_SITE)

@@ -12,11 +12,23 @@ namespace {
 constexpr std::size_t longest_cached_word = 256;   ///< bytes
 constexpr std::size_t most_cached_words = 1 << 16; ///< then the cache stays as it is
 constexpr char32_t low_characters = 0x180;         ///< covers the byte alphabet
+constexpr std::string_view space_sign = "\u2581";   ///< SentencePiece's sign for a space
 
 std::string byte_token(int byte)
 {
     constexpr char digits[] = "0123456789ABCDEF";
     return std::string("<0x") + digits[byte / 16] + digits[byte % 16] + ">";
+}
+
+/// Where the next U+2581 behind another character is at or after @p position; the end where there is none.
+std::size_t find_cut(std::string_view word, std::size_t position)
+{
+    while ((position = word.find(space_sign, position)) != std::string_view::npos) {
+        if (position > 0 && !word.substr(0, position).ends_with(space_sign))
+            return position;
+        position += space_sign.size();
+    }
+    return word.size();
 }
 
 } // namespace
@@ -37,7 +49,8 @@ void MergeTable::put(std::int32_t left, std::int32_t right, Merge merge)
 }
 
 Bpe::Bpe(BpeDefinition definition)
-    : definition_(std::move(definition)), merges_(definition_.merges.size()), low_character_ids_(low_characters, -1)
+    : definition_(std::move(definition)), merges_(definition_.merges.size()),
+      cuts_words_(never_merges_across_spaces()), low_character_ids_(low_characters, -1)
 {
     const StringMap<std::int32_t>& vocabulary = definition_.vocabulary;
     const auto require = [&](const std::string& token) {
@@ -46,10 +59,14 @@ Bpe::Bpe(BpeDefinition definition)
             throw config_error(cat("a merge needs the token \"", token, "\", which the vocabulary does not have"));
         return found->second;
     };
-    std::int32_t rank = 0;
-    for (const auto& [left, right] : definition_.merges)
-        merges_.put(require(left), require(right), {rank++, require(left + right)});
+    SELM_EXPECT(definition_.ranks.empty() || definition_.ranks.size() == definition_.merges.size());
+    for (std::size_t i = 0; i < definition_.merges.size(); ++i) {
+        const auto& [left, right] = definition_.merges[i];
+        const std::int32_t rank = definition_.ranks.empty() ? static_cast<std::int32_t>(i) : definition_.ranks[i];
+        merges_.put(require(left), require(right), {rank, require(left + right)});
+    }
     definition_.merges = {};
+    definition_.ranks = {};
 
     for (char32_t c = 0; c < low_characters; ++c) {
         std::string character;
@@ -71,7 +88,31 @@ Bpe::Bpe(BpeDefinition definition)
     }
 }
 
+/// Whether no merge makes a token with U+2581 behind another character. Then the parts of a word that begin there merge
+/// apart from each other, whatever the order, and a word's ids are those of its parts. (U+2581 itself must be a token:
+/// a run of unknown characters would otherwise go on across it.)
+bool Bpe::never_merges_across_spaces() const
+{
+    if (definition_.ignore_merges || !definition_.vocabulary.contains(space_sign))
+        return false;
+    return std::all_of(definition_.merges.begin(), definition_.merges.end(), [](const auto& merge) {
+        const std::string token = merge.first + merge.second;
+        return find_cut(token, 0) == token.size();
+    });
+}
+
 void Bpe::encode_word(std::string_view word, std::vector<std::int32_t>& ids, BpeScratch& scratch) const
+{
+    if (!cuts_words_)
+        return encode_part(word, ids, scratch);
+    for (std::size_t begin = 0; begin < word.size();) {
+        const std::size_t end = find_cut(word, begin + 1);
+        encode_part(word.substr(begin, end - begin), ids, scratch);
+        begin = end;
+    }
+}
+
+void Bpe::encode_part(std::string_view word, std::vector<std::int32_t>& ids, BpeScratch& scratch) const
 {
     if (const auto cached = scratch.cache_.find(word); cached != scratch.cache_.end()) {
         const auto begin = scratch.cached_ids_.begin() + cached->second.begin;

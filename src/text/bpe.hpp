@@ -23,6 +23,7 @@ using StringMap = std::unordered_map<std::string, Value, StringHash, std::equal_
 struct BpeDefinition {
     StringMap<std::int32_t> vocabulary;
     std::vector<std::pair<std::string, std::string>> merges; ///< in order of their rank
+    std::vector<std::int32_t> ranks;                         ///< of the merges; empty: their order. Lower goes first
     std::optional<std::string> unknown_token;
     bool fuse_unknown = false;
     bool byte_fallback = false;
@@ -99,6 +100,8 @@ class Bpe {
     const StringMap<std::int32_t>& vocabulary() const { return definition_.vocabulary; }
 
   private:
+    void encode_part(std::string_view part, std::vector<std::int32_t>& ids, BpeScratch& scratch) const;
+    bool never_merges_across_spaces() const;
     void split_into_symbols(std::string_view word, BpeScratch& scratch) const;
     void merge_symbols(BpeScratch& scratch) const;
     void push_candidate(std::int32_t position, BpeScratch& scratch) const;
@@ -107,6 +110,7 @@ class Bpe {
 
     BpeDefinition definition_;
     MergeTable merges_;
+    bool cuts_words_; ///< a word is encoded in parts that begin at U+2581
     std::vector<std::int32_t> low_character_ids_; ///< by code point below its size; -1 where there is no token
     std::int32_t unknown_id_ = -1;
     std::vector<std::int32_t> byte_ids_; ///< of <0x00>...<0xFF>, -1 where there is none; empty without byte fallback

@@ -1,5 +1,6 @@
 #include "pre_tokenizer.hpp"
 
+#include <algorithm>
 #include <optional>
 #include <utility>
 
@@ -116,6 +117,39 @@ void ByteLevelPreTokenizer::apply(Words& words, PreTokenizerScratch& scratch) co
         range.end = scratch.text.size();
     }
     words.text.swap(scratch.text);
+}
+
+void MetaspacePreTokenizer::apply(Words& words, PreTokenizerScratch& scratch) const
+{
+    scratch.text.clear();
+    scratch.ranges.clear();
+    for (const Words::Range& range : words.ranges) {
+        const std::string_view word = words.word(range);
+        const std::size_t begin = scratch.text.size();
+        const bool wanted = scheme_ == PrependScheme::always ||
+                            (scheme_ == PrependScheme::first && words.at_start && range.begin == 0);
+        if (wanted && word.front() != ' ' && !word.starts_with(replacement_))
+            scratch.text.append(replacement_);
+        for (std::size_t done = 0; done < word.size();) {
+            const std::size_t space = std::min(word.find(' ', done), word.size());
+            scratch.text.append(word, done, space - done);
+            if (space < word.size())
+                scratch.text.append(replacement_);
+            done = space + 1;
+        }
+        std::size_t first = begin;
+        for (std::size_t next = begin; split_; next += replacement_.size()) {
+            next = scratch.text.find(replacement_, next);
+            if (next == std::string::npos)
+                break;
+            if (next > first)
+                scratch.ranges.push_back({first, next});
+            first = next;
+        }
+        scratch.ranges.push_back({first, scratch.text.size()});
+    }
+    words.text.swap(scratch.text);
+    words.ranges.swap(scratch.ranges);
 }
 
 } // namespace selm::text

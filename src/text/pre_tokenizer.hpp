@@ -18,6 +18,7 @@ struct Words {
     };
     std::string text;
     std::vector<Range> ranges;
+    bool at_start = false; ///< this text is the beginning of what encode() was given
 
     std::string_view word(const Range& range) const
     {
@@ -77,6 +78,25 @@ class ByteLevelPreTokenizer : public PreTokenizer {
   private:
     bool add_prefix_space_;
     std::unique_ptr<SplitPreTokenizer> split_;
+};
+
+/// Where Metaspace puts its replacement in front: before the whole text's first word, before every one, never.
+enum class PrependScheme { first, always, never };
+
+/// Spaces become @p replacement (U+2581), one is put in front where the scheme says so and none is there, and (where
+/// asked for) a word begins at every replacement.
+class MetaspacePreTokenizer : public PreTokenizer {
+  public:
+    MetaspacePreTokenizer(std::string replacement, PrependScheme scheme, bool split)
+        : replacement_(std::move(replacement)), scheme_(scheme), split_(split)
+    {
+    }
+    void apply(Words& words, PreTokenizerScratch& scratch) const override;
+
+  private:
+    std::string replacement_;
+    PrependScheme scheme_;
+    bool split_;
 };
 
 } // namespace selm::text

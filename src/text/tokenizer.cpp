@@ -1,5 +1,6 @@
 #include "selm/text/tokenizer.hpp"
 
+#include <filesystem>
 #include <mutex>
 #include <utility>
 
@@ -7,6 +8,7 @@
 #include "selm/base/files.hpp"
 #include "selm/text/utf8.hpp"
 #include "tokenizer_reader.hpp"
+#include "tokenizer_sentencepiece.hpp"
 #include "tokenizer_settings.hpp"
 
 namespace selm {
@@ -19,6 +21,7 @@ struct Scratch {
     text::Words words;
     std::vector<text::Stretch> stretches;
     std::vector<text::Stretch> inner_stretches;
+    std::string normalized;
 };
 
 /// Lends scratch memory to calls, so that their caches live on and threads do not share one.
@@ -44,12 +47,20 @@ class ScratchPool {
     std::vector<std::unique_ptr<Scratch>> free_;
 };
 
-std::vector<text::AddedToken> tokens_where(const std::vector<text::AddedToken>& tokens, bool normalized)
+/// The added tokens that are looked for in the text as it is, or those in the normalised text, where `tokenizers` looks
+/// for their normalised form.
+std::vector<text::AddedToken> tokens_where(const text::TokenizerParts& parts, bool normalized)
 {
     std::vector<text::AddedToken> chosen;
-    for (const text::AddedToken& token : tokens)
-        if (token.normalized == normalized)
-            chosen.push_back(token);
+    text::MatchScratch scratch;
+    for (text::AddedToken token : parts.added_tokens) {
+        if (token.normalized != normalized)
+            continue;
+        if (normalized && parts.normalizer)
+            parts.normalizer->apply(token.content, scratch);
+        if (!token.content.empty())
+            chosen.push_back(std::move(token));
+    }
     return chosen;
 }
 
@@ -57,8 +68,8 @@ std::vector<text::AddedToken> tokens_where(const std::vector<text::AddedToken>& 
 
 struct Tokenizer::Data {
     explicit Data(text::TokenizerParts given)
-        : parts(std::move(given)), plain_finder(tokens_where(parts.added_tokens, false)),
-          normalized_finder(tokens_where(parts.added_tokens, true))
+        : parts(std::move(given)), plain_finder(tokens_where(parts, false)),
+          normalized_finder(tokens_where(parts, true))
     {
         for (const auto& [token, id] : parts.model->vocabulary())
             put(id, token);
@@ -95,15 +106,15 @@ struct Tokenizer::Data {
 
     void apply(const text::TokenizerSettings& settings)
     {
-        bos = find_special(settings.bos_token, settings.bos_id, "bos_token");
-        eos = find_special(settings.eos_token, settings.eos_id, "eos_token");
-        if (!settings.add_bos_token && !settings.add_eos_token)
-            return;
-        parts.frame = {}; // as transformers: these entries replace the post-processor
-        if (settings.add_bos_token.value_or(false) && bos)
-            parts.frame.before.push_back(*bos);
-        if (settings.add_eos_token.value_or(false) && eos)
-            parts.frame.after.push_back(*eos);
+        bos = find_special(settings.bos_token, parts.bos ? parts.bos : settings.bos_id, "bos_token");
+        eos = find_special(settings.eos_token, parts.eos ? parts.eos : settings.eos_id, "eos_token");
+        const auto ids = [](bool wanted, std::optional<std::int32_t> id) {
+            return wanted && id ? std::vector{*id} : std::vector<std::int32_t>();
+        };
+        if (settings.add_bos_token)
+            parts.frame.before = ids(*settings.add_bos_token, bos);
+        if (settings.add_eos_token)
+            parts.frame.after = ids(*settings.add_eos_token, eos);
     }
 
     void put(std::int32_t id, const std::string& token)
@@ -132,8 +143,12 @@ struct Tokenizer::Data {
                 ids.push_back(outer.id);
                 continue;
             }
-            // A normalizer would work on this stretch here.
-            const std::string_view part = text.substr(outer.begin, outer.end - outer.begin);
+            std::string_view part = text.substr(outer.begin, outer.end - outer.begin);
+            if (parts.normalizer) {
+                scratch.normalized.assign(part);
+                parts.normalizer->apply(scratch.normalized, scratch.pre_tokenizer.match);
+                part = scratch.normalized;
+            }
             scratch.inner_stretches.clear();
             normalized_finder.split(part, skip_special, scratch.inner_stretches, scratch.pre_tokenizer.match);
             for (const text::Stretch& inner : scratch.inner_stretches) {
@@ -141,6 +156,7 @@ struct Tokenizer::Data {
                     ids.push_back(inner.id);
                     continue;
                 }
+                scratch.words.at_start = outer.begin == 0 && inner.begin == 0;
                 scratch.words.text.assign(part.substr(inner.begin, inner.end - inner.begin));
                 encode_words(scratch.words, scratch, ids);
             }
@@ -165,16 +181,23 @@ Tokenizer& Tokenizer::operator=(Tokenizer&&) noexcept = default;
 
 Tokenizer Tokenizer::from_directory(const std::string& directory)
 {
-    const std::string path = directory + "/tokenizer.json";
-    std::string json;
-    try {
-        json = read_file(path);
-    } catch (const Error& error) {
-        throw config_error(cat(error.what(), ". A model directory needs the Hugging Face tokenizer.json"));
-    }
-    auto data = std::make_unique<Data>(text::read_tokenizer_json(json, path));
-    with_context(directory, [&] { data->apply(text::read_tokenizer_settings(directory)); });
-    return Tokenizer(std::move(data));
+    const std::string json = directory + "/tokenizer.json";
+    const std::string model = directory + "/tokenizer.model";
+    text::TokenizerParts parts;
+    if (std::filesystem::exists(json))
+        parts = text::read_tokenizer_json(read_file(json), json);
+    else if (std::filesystem::exists(model))
+        parts = text::read_sentencepiece_model_file(model);
+    else
+        throw config_error(cat("neither ", json, " nor ", model,
+                               " exists (texts cannot be tokenised). A model directory needs one of them"));
+    return with_context(directory, [&] {
+        const text::TokenizerSettings settings = text::read_tokenizer_settings(directory);
+        text::add_tokens(parts, settings.added_tokens);
+        auto data = std::make_unique<Data>(std::move(parts));
+        data->apply(settings);
+        return Tokenizer(std::move(data));
+    });
 }
 
 Tokenizer Tokenizer::from_json(std::string_view json, const std::string& name)
@@ -207,14 +230,15 @@ std::vector<std::int32_t> Tokenizer::encode_with_special_tokens(std::string_view
 
 std::string Tokenizer::decode(std::span<const std::int32_t> ids, SpecialTokens special) const
 {
-    std::vector<std::string_view> tokens;
+    std::vector<std::string> tokens;
+    tokens.reserve(ids.size());
     for (const std::int32_t id : ids) {
         const auto index = static_cast<std::size_t>(id);
         if (id >= 0 && index < data_->texts.size() && data_->texts[index] &&
             (special == SpecialTokens::keep || !data_->special[index]))
             tokens.push_back(*data_->texts[index]);
     }
-    return data_->parts.decoder->decode(tokens);
+    return data_->parts.decoder->decode(std::move(tokens));
 }
 
 std::optional<std::int32_t> Tokenizer::token_id(std::string_view token) const

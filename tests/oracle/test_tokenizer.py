@@ -1,11 +1,13 @@
-"""src/text against the `tokenizers` and `transformers` libraries: ids, texts, prompts, encoded rows.
+"""src/text against tokenizers, transformers, sentencepiece and tiktoken: ids, texts, prompts, encoded rows.
 
+SmolLM2's tokenizer and its variants, and those of the paper's models (real_tokenizers.py).
 Needs SELM_TOOL_DIR (with selm_tokenize_tool) and SELM_SMOLLM2_DIR (made by scripts/make_smollm2.py).
 """
 
 import json
 import os
 import random
+import re
 import subprocess
 from pathlib import Path
 
@@ -13,6 +15,11 @@ import pytest
 
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
+sentencepiece = pytest.importorskip("sentencepiece")
+tiktoken = pytest.importorskip("tiktoken")
+
+import real_tokenizers as real  # noqa: E402  (needs the packages above)
+from tiktoken.load import load_tiktoken_bpe  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = Path(os.environ.get("SELM_TOOL_DIR", ROOT / "build/release/tests")) / "selm_tokenize_tool"
@@ -129,6 +136,22 @@ def ask(requests: list, directory: Path = MODEL) -> list:
     answers = [json.loads(line) for line in result.stdout.split("\n")[:-1]]
     assert len(answers) == len(requests)
     return answers
+
+
+def ids_of(texts: list, directory: Path, **options) -> list:
+    answers = ask([{"op": "encode", "text": text, **options} for text in texts], directory)
+    return [answer["ids"] for answer in answers]
+
+
+def texts_of(lists: list, directory: Path, skip: bool) -> list:
+    answers = ask([{"op": "decode", "ids": ids, "skip_special": skip} for ids in lists], directory)
+    return [answer["text"] for answer in answers]
+
+
+def check_equal(got: list, wanted: list, of: list) -> None:
+    assert len(got) == len(wanted) == len(of)
+    for one, other, source in zip(got, wanted, of):
+        assert one == other, repr(source)[:300]
 
 
 def complaint(directory: Path) -> tuple:
@@ -296,6 +319,102 @@ def conversations(rows: list) -> list:
         *[row["chosen"][:-1] for row in rows],
         *[row["rejected"] for row in rows[:100]],
     ]
+
+
+MAKERS = {
+    "llama3": real.make_llama3,
+    "mistral_legacy": real.make_mistral,
+    "mistral_new": lambda directory: real.make_mistral(directory, "new"),
+    "phi3": real.make_phi3,
+}
+
+
+@pytest.fixture(scope="module")
+def model_directory(tmp_path_factory):
+    """A function from a name in MAKERS to its directory."""
+    made = {}
+
+    def find(name: str) -> Path:
+        if name not in made:
+            made[name] = MAKERS[name](tmp_path_factory.mktemp("models") / name)
+        return made[name]
+
+    return find
+
+
+# Special tokens of all models with whitespace around them, U+2581 as text, text of byte tokens.
+MODEL_NASTY = [
+    f"{before}{token}{after}"
+    for token in ("<s>", "</s>", "<unk>", "<|user|>", "<|end|>", "<|endoftext|>", "<|eot_id|>", "<|begin_of_text|>")
+    for before, after in [("", ""), ("a ", " b"), (" ", "\n"), ("x", "\u00a0 \n y"), ("\n", "  two"), (token, token)]
+] + [
+    "\u2581", " \u2581", "a\u2581b", "\u2581\u2581 a \u2581", "a\u2581 b", "<0x0A>", "<0x41><0xE4>", "▁<s>▁</s>▁",
+    "\n<|user|>\n  hi<|end|> \n<|assistant|>\nno", "<s> <s>a", "a" * 5000, " " * 5000, "中" * 3000, "word " * 2000 + "\n",
+]
+
+
+def random_ids(size: int) -> list:
+    generator = random.Random(3)
+    return [[generator.randrange(size + 10) for _ in range(generator.randrange(1, 30))] for _ in range(300)] + [
+        [generator.randrange(3, 259) for _ in range(generator.randrange(1, 12))] for _ in range(300)  # byte tokens
+    ]
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_model_tokenizers(name, model_directory, rows):
+    directory = model_directory(name)
+    reference = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    texts = MODEL_NASTY + NASTY + random_texts(seed=2, count=1000) + row_texts(rows)
+    wanted = [encoding.ids for encoding in reference.encode_batch(texts, add_special_tokens=False)]
+    check_equal(ids_of(texts, directory), wanted, texts)
+    few = texts[:300]
+    added = [encoding.ids for encoding in reference.encode_batch(few, add_special_tokens=True)]
+    assert (added[0] == wanted[0]) == (name == "phi3")
+    check_equal(ids_of(few, directory, added=True), added, few)
+    lists = random_ids(reference.get_vocab_size()) + wanted
+    check_equal(texts_of(lists, directory, True), reference.decode_batch(lists, skip_special_tokens=True), lists)
+    few = lists[:1000]
+    check_equal(texts_of(few, directory, False), reference.decode_batch(few, skip_special_tokens=False), few)
+
+
+def test_sentencepiece_model_alone(tmp_path, rows):
+    """The library's ids, special tokens parsed where they are to be. (transformers' conversion of the model ranks a piece's
+    ways of coming about, so it differs in runs of spaces.)"""
+    directory = real.make_mistral(tmp_path / "model", "model")
+    library = sentencepiece.SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
+    special = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    texts = MODEL_NASTY + NASTY + random_texts(seed=5, count=1000) + row_texts(rows)
+    wanted = library.encode(texts)
+    check_equal(ids_of(texts, directory, special=False), wanted, texts)
+    check_equal(texts_of(wanted[-3000:], directory, True), texts[-3000:], texts[-3000:])
+    few = texts[:300]
+    parts = [re.split("(<unk>|<s>|</s>)", text) for text in few]
+    parsed = [
+        [1] + [i for part in line for i in ([special[part]] if part in special else library.encode(part))] for line in parts
+    ]
+    check_equal(ids_of(few, directory, added=True), parsed, few)
+    lists = random_ids(32000) + parsed
+    wanted = real.convert_mistral(legacy=True).decode_batch(lists, skip_special_tokens=True)
+    check_equal(texts_of(lists, directory, True), wanted, lists)
+    info = ask([{"op": "info"}], directory)[0]
+    assert info == {"vocabulary_size": 32000, "format": "zephyr", "special": [0, 1, 2], "bos": 1, "eos": 2}
+
+
+def test_llama3_equals_tiktoken(model_directory, rows):
+    directory = model_directory("llama3")
+    library = tiktoken.Encoding(
+        "llama3",
+        pat_str=LLAMA3,
+        mergeable_ranks=load_tiktoken_bpe(str(real.llama3_file())),
+        special_tokens={text: 128000 + i for i, text in enumerate(real.LLAMA3_SPECIAL)},
+    )
+    texts = MODEL_NASTY + NASTY + random_texts(seed=6, count=1000) + row_texts(rows)
+    check_equal(ids_of(texts, directory, special=False), library.encode_ordinary_batch(texts), texts)
+    few = texts[:300]
+    check_equal(ids_of(few, directory), library.encode_batch(few, allowed_special="all"), few)
+    info = ask([{"op": "info"}], directory)[0]
+    assert info["special"] == list(range(128000, 128256)) and (info["bos"], info["eos"]) == (128000, 128009)
+    assert info["vocabulary_size"] == 128256 and info["format"] == "llama3"
 
 
 TURN = "{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}{% endfor %}"

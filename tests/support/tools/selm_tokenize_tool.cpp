@@ -1,11 +1,13 @@
 // Tokenizer, chat formats and encodings for reference tests: one JSON request a line on stdin, one JSON answer a line
 // on stdout. usage: selm_tokenize_tool MODEL_DIR
 //   {"op": "encode", "text": T, "special": true|false}   -> {"ids": [...]}      "hex" instead of "text": any bytes
+//   {"op": "encode", "text": T, "added": true}           -> {"ids": [...]} with what the tokenizer adds to a text
 //   {"op": "decode", "ids": [...], "skip_special": B}     -> {"text": T}
 //   {"op": "render", "messages": [...], "header": B, "format": NAME (default: recognised)} -> {"text": T}
 //   {"op": "row", "messages": [...], "responses": [T|null, T|null, T|null], "max_length": N, "max_prompt_length": N}
 //                                                          -> {"prompt": [...], "responses": [[...]|null, ...]}
-//   {"op": "info"}                                         -> {"vocabulary_size": N, "format": NAME, "special": [ids]}
+//   {"op": "recipe_prompt", "messages": [...], "format": NAME} -> {"ids": [...]}   what the recipe generates from
+//   {"op": "info"}  -> {"vocabulary_size": N, "format": NAME, "special": [ids], "bos": ID|null, "eos": ID|null}
 //   {"op": "strip", "text": T}                             -> {"text": T}
 
 #include <iostream>
@@ -14,6 +16,7 @@
 
 #include "selm/base/error.hpp"
 #include "selm/text/encoding.hpp"
+#include "selm/text/recipe_encoding.hpp"
 #include "selm/text/utf8.hpp"
 
 namespace {
@@ -56,6 +59,8 @@ Json answer(const Json& request, const selm::Tokenizer& tokenizer, const std::st
                                           : selm::ChatFormat::recognise(directory, tokenizer);
     };
     const std::string op = request["op"];
+    if (op == "encode" && request.value("added", false))
+        return {{"ids", tokenizer.encode_with_special_tokens(text_of(request))}};
     if (op == "encode")
         return {{"ids", tokenizer.encode(text_of(request), special_text(request))}};
     if (op == "decode")
@@ -64,6 +69,8 @@ Json answer(const Json& request, const selm::Tokenizer& tokenizer, const std::st
                                                                               : selm::SpecialTokens::keep)}};
     if (op == "render")
         return {{"text", format().render(read_messages(request["messages"]), request["header"])}};
+    if (op == "recipe_prompt")
+        return {{"ids", selm::encode_prompt_recipe(tokenizer, format(), read_messages(request["messages"]))}};
     if (op == "strip")
         return {{"text", selm::strip_whitespace(text_of(request))}};
     if (op == "row") {
@@ -85,7 +92,12 @@ Json answer(const Json& request, const selm::Tokenizer& tokenizer, const std::st
         for (std::int32_t id = 0; id < tokenizer.vocabulary_size(); ++id)
             if (tokenizer.is_special(id))
                 special.push_back(id);
-        return {{"vocabulary_size", tokenizer.vocabulary_size()}, {"format", format().name()}, {"special", special}};
+        const auto id = [](std::optional<std::int32_t> value) { return value ? Json(*value) : Json(); };
+        return {{"vocabulary_size", tokenizer.vocabulary_size()},
+                {"format", format().name()},
+                {"special", special},
+                {"bos", id(tokenizer.bos_id())},
+                {"eos", id(tokenizer.eos_id())}};
     }
     throw selm::usage_error("unknown op " + op);
 }
