@@ -1,3 +1,4 @@
+#include "common_options.hpp"
 #include "program.hpp"
 #include "report.hpp"
 #include "selm/phases/import.hpp"
@@ -5,7 +6,7 @@
 int main(int argc, char** argv)
 {
     using namespace selm;
-    ImportOptions options;
+    apps::WithCommonOptions<ImportOptions> options;
     const apps::ProgramSpec spec{
         .name = "selm_import",
         .purpose = "read preference rows (.jsonl, .parquet) into prefs.h5",
@@ -14,7 +15,7 @@ int main(int argc, char** argv)
         .validate = [&] { options.validate(); },
         .positional = {}};
     return apps::run_program(argc, argv, spec, [&](apps::ProgramContext& context) {
-        const ImportReport report = run_import(options, context.world);
+        const ImportReport report = run_import(options.own, context.world);
         if (context.world.is_root())
             std::cout << report.text();
         return ExitCode::done;

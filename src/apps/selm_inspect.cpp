@@ -1,10 +1,11 @@
+#include "common_options.hpp"
 #include "program.hpp"
 #include "selm/phases/inspect.hpp"
 
 int main(int argc, char** argv)
 {
     using namespace selm;
-    InspectOptions options;
+    apps::WithCommonOptions<InspectOptions> options;
     const apps::ProgramSpec spec{
         .name = "selm_inspect",
         .purpose = "show, check or digest a file that SELM wrote",
@@ -13,7 +14,7 @@ int main(int argc, char** argv)
         .validate = [&] { options.validate(); },
         .positional = "file"};
     return apps::run_program(argc, argv, spec, [&](apps::ProgramContext& context) {
-        run_inspect(options, context.world, std::cout);
+        run_inspect(options.own, context.world, std::cout);
         return ExitCode::done;
     });
 }

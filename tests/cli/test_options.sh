@@ -9,11 +9,19 @@ trap 'rm -rf "$work"' EXIT
 cd "$work"
 
 # Starting a program costs up to half a second, so each text is checked where it can differ between programs.
+common=(--seed 7 --threads 2 --device cpu --dtype fp32 --engine aten --progress off)
 for program in selm_import selm_gen selm_rank selm_logp selm_train selm_inspect selm_iter; do
     expect 64 "usage: $program" "$bin/$program"
     expect 0 "usage: $program" "$bin/$program" --help
     expect_count 1 '^ +--print-config'
-    "$bin/$program" --print-config >"$program.cfg"
+    expect_count 1 '^ +--progress TEXT'
+    expect 64 '--progress loud is not known' "$bin/$program" --progress loud
+    expect_count 1 "^$program: error:"
+    "$bin/$program" "${common[@]}" --print-config >"$program.cfg"
+    for line in 'seed = 7' 'threads = 2' 'device = cpu' 'dtype = fp32' 'engine = aten' 'progress = off'; do
+        checks=$((checks + 1))
+        grep -qx "$line" "$program.cfg" || fail "$program does not take '$line'"
+    done
     expect 0 '^\[' "$bin/$program" --config "$program.cfg" --print-config
     diff "$program.cfg" <(echo "$output") || fail "$program: the printed configuration does not read back to itself"
 done
