@@ -6,6 +6,8 @@
 
 #include <nlohmann/json.hpp>
 
+#include "dry_run.hpp"
+#include "iterate_phases.hpp"
 #include "run_directory.hpp"
 #include "selm/base/error.hpp"
 #include "selm/base/log.hpp"
@@ -73,8 +75,8 @@ json to_json(const TrainReport& r)
 /// Runs the phases in order; each is skipped when the manifest has it. Every method is collective.
 class Driver {
   public:
-    Driver(const IterateOptions& options, Communicator& comm, std::ostream& out)
-        : options_(options), comm_(comm), out_(out), paths_(options.run), manifest_(paths_, comm)
+    Driver(const IteratePhases& phases, Communicator& comm, std::ostream& out)
+        : phases_(phases), options_(phases.options()), comm_(comm), out_(out), paths_(phases.paths()), manifest_(paths_, comm)
     {
     }
 
@@ -88,12 +90,11 @@ class Driver {
   private:
     Outcome run_phases(std::int64_t& iterations_done)
     {
-        if (import_data() == Outcome::stopped)
-            return Outcome::stopped;
-        if (held_out(0, options_.policy) == Outcome::stopped)
+        import_data();
+        if (held_out(0) == Outcome::stopped)
             return Outcome::stopped;
         for (std::int64_t t = 1; t <= options_.iterations; ++t) {
-            if (iteration(t) == Outcome::stopped || held_out(t, paths_.policy(t)) == Outcome::stopped)
+            if (iteration(t) == Outcome::stopped || held_out(t) == Outcome::stopped)
                 return Outcome::stopped;
             iterations_done = t;
             print_block(t);
@@ -119,114 +120,50 @@ class Driver {
         return Outcome::done;
     }
 
-    bool is_hdf5(const std::string& path) const { return path.ends_with(".h5") || path.ends_with(".hdf5"); }
-    std::string train_data() const { return is_hdf5(options_.train) ? options_.train : paths_.train_data(); }
-    std::string test_data() const { return is_hdf5(options_.test) ? options_.test : paths_.test_data(); }
-
-    Outcome import_one(const std::string& input, const std::string& rows, const std::string& output)
+    void import_one(const ImportOptions& import)
     {
-        if (input.empty() || is_hdf5(input))
-            return Outcome::done;
-        ImportOptions import = options_.import;
-        import.input = input;
-        import.rows = rows;
-        import.output = output;
         const ImportReport report = run_import(import, comm_);
         if (!report.already_complete)
-            SELM_LOG(info, "imported " << report.rows << " rows of " << input << " into " << output);
-        return Outcome::done;
+            SELM_LOG(info, "imported " << report.rows << " rows of " << import.input << " into " << import.output);
     }
 
-    Outcome import_data()
+    void import_data()
     {
-        if (import_one(options_.train, options_.train_rows, paths_.train_data()) == Outcome::stopped)
-            return Outcome::stopped;
-        return import_one(options_.test, options_.test_rows, paths_.test_data());
+        if (phases_.imports_train())
+            import_one(phases_.import_train());
+        if (phases_.imports_test())
+            import_one(phases_.import_test());
     }
 
-    GenerateOptions generate_options(std::int64_t t, const std::string& policy) const
+    void make_iteration_directory(std::int64_t t)
     {
-        GenerateOptions generate = options_.generate;
-        generate.common = options_.generate.common;
-        generate.policy = policy;
-        generate.iteration = t;
-        generate.stop_file = paths_.stop_file();
-        return generate;
+        agree(comm_, "iteration directory", [&] {
+            if (comm_.is_root())
+                std::filesystem::create_directories(paths_.iteration(t));
+        });
     }
 
     Outcome iteration(std::int64_t t)
     {
-        const bool offline = t == 1 && options_.first_iteration == "dpo";
-        const std::string before = t == 1 ? options_.policy : paths_.policy(t - 1);
-        agree(comm_, "iteration directory", [&] {
-            if (comm_.is_root())
-                std::filesystem::create_directories(paths_.iteration(t));
-        });
-        const Outcome generated = phase(t, "generate", [&] {
-            GenerateOptions generate = generate_options(t, before);
-            generate.data = train_data();
-            generate.output = paths_.rows(t);
-            generate.portion = t;
-            generate.portions = options_.iterations;
-            if (offline)
-                generate.responses = "none";
-            return run_generate(generate, comm_);
-        });
-        if (generated == Outcome::stopped || rank(t, "rank", paths_.rows(t), offline, false) == Outcome::stopped)
+        make_iteration_directory(t);
+        if (phase(t, "generate", [&] { return run_generate(phases_.generate(t), comm_); }) == Outcome::stopped
+            || phase(t, "rank", [&] { return run_rank(phases_.rank(t), comm_); }) == Outcome::stopped
+            || phase(t, "logprob", [&] { return run_logprob(phases_.logprob(t), comm_); }) == Outcome::stopped)
             return Outcome::stopped;
-        const Outcome scored = phase(t, "logprob", [&] {
-            LogProbOptions logprob = options_.logprob;
-            logprob.iter = paths_.rows(t);
-            logprob.model = before;
-            logprob.stop_file = paths_.stop_file();
-            return run_logprob(logprob, comm_);
-        });
-        if (scored == Outcome::stopped)
-            return Outcome::stopped;
-        return phase(t, "train", [&] {
-            TrainOptions train = options_.train_options;
-            train.iter = paths_.rows(t);
-            train.policy = before;
-            train.output = paths_.policy(t);
-            train.stop_file = paths_.stop_file();
-            if (offline)
-                train.alpha = {0.0};
-            return run_train(train, comm_);
-        });
+        return phase(t, "train", [&] { return run_train(phases_.train(t), comm_); });
     }
 
-    Outcome rank(std::int64_t t, const std::string& name, const std::string& iter, bool offline, bool generated_only)
-    {
-        return phase(t, name, [&] {
-            RankOptions rank = options_.rank;
-            rank.iter = iter;
-            rank.generated_only = generated_only;
-            rank.stop_file = paths_.stop_file();
-            if (offline)
-                rank.update_rule = "offline";
-            return run_rank(rank, comm_);
-        });
-    }
-
-    /// Answers of a policy to the held-out prompts and their scores (the paper selects by this mean).
-    Outcome held_out(std::int64_t t, const std::string& policy)
+    /// Answers of the policy after iteration t to the held-out prompts and their scores (the paper selects by this mean).
+    Outcome held_out(std::int64_t t)
     {
         if (options_.test.empty())
             return Outcome::done;
-        agree(comm_, "iteration directory", [&] {
-            if (comm_.is_root())
-                std::filesystem::create_directories(paths_.iteration(t));
-        });
-        const Outcome generated = phase(t, "test_generate", [&] {
-            GenerateOptions generate = generate_options(t, policy);
-            generate.data = test_data();
-            generate.output = paths_.test_rows(t);
-            generate.responses.clear();
-            return run_generate(generate, comm_);
-        });
-        if (generated == Outcome::stopped)
+        make_iteration_directory(t);
+        if (phase(t, "test_generate", [&] { return run_generate(phases_.held_out_generate(t), comm_); }) == Outcome::stopped)
             return Outcome::stopped;
-        return options_.rank.rankers.empty() ? Outcome::done : rank(t, "test_rank", paths_.test_rows(t), false, true);
+        if (options_.rank.rankers.empty())
+            return Outcome::done;
+        return phase(t, "test_rank", [&] { return run_rank(phases_.held_out_rank(t), comm_); });
     }
 
     void print_block(std::int64_t t)
@@ -240,20 +177,13 @@ class Driver {
         out_ << block_text(one, t) << std::flush;
     }
 
+    const IteratePhases& phases_;
     const IterateOptions& options_;
     Communicator& comm_;
     std::ostream& out_;
-    RunPaths paths_;
+    const RunPaths& paths_;
     RunManifest manifest_;
 };
-
-void share_run_options(IterateOptions& o)
-{
-    for (CommonOptions* common : {&o.rank.common, &o.logprob.common, &o.train_options.common})
-        *common = o.generate.common;
-    for (EncodingOptions* encoding : {&o.rank.encoding, &o.logprob.encoding, &o.train_options.encoding})
-        *encoding = o.generate.encoding;
-}
 
 } // namespace
 
@@ -268,6 +198,15 @@ void IterateOptions::describe(OptionVisitor& visitor)
     visitor.option("run", "iterations", iterations, "iterations, each on its own portion of train", OptionRole::recipe);
     visitor.option("run", "first-iteration", first_iteration, "selm|dpo (dpo: the given pairs, no new answers, alpha 0)", OptionRole::recipe);
     visitor.option("run", "status", status, "print where the run directory stands and exit; reads only", OptionRole::operational);
+    visitor.option("run", "dry-run", dry_run, "print what the recipe would do and exit; needs config.json of the policy, no weights",
+                   OptionRole::operational);
+    visitor.option("run", "ranks", ranks, "dry run: plan for this many ranks (0: as started)", OptionRole::operational);
+    visitor.option("run", "ranks-per-node", ranks_per_node, "dry run: ranks that share a node (0: all)", OptionRole::operational);
+    visitor.option("run", "node-memory", node_memory, "dry run: GiB of a node; refuse a plan that needs more (0: not checked)",
+                   OptionRole::operational);
+    visitor.option("run", "rows-total", rows_total, "dry run: rows of train, where the file is not at hand (0: counted)",
+                   OptionRole::operational);
+    visitor.option("run", "format", format, "dry run: table|json", OptionRole::operational);
     generate.common.describe(visitor);
     generate.encoding.describe(visitor);
     SectionOnly filtered(visitor, {"data", "policy", "output", "iteration", "portion", "portions", "responses", "stop-file", "iter", "model",
@@ -281,7 +220,13 @@ void IterateOptions::describe(OptionVisitor& visitor)
 
 void IterateOptions::validate() const
 {
-    SELM_VALIDATE(!run.empty(), ExitCode::usage, "--run is missing (results need a directory). Pass --run PATH");
+    generate.common.validate();
+    SELM_VALIDATE(!run.empty() || dry_run, ExitCode::usage, "--run is missing (results need a directory). Pass --run PATH");
+    SELM_VALIDATE(!status || !dry_run, ExitCode::usage, "--status and --dry-run exclude each other. Pass one of them");
+    SELM_VALIDATE(format == "table" || format == "json", ExitCode::usage, "--format " << format << " is not known. Use table or json");
+    for (const auto& [name, value] : {std::pair{"ranks", ranks}, {"ranks-per-node", ranks_per_node}, {"rows-total", rows_total}})
+        SELM_VALIDATE(value >= 0, ExitCode::usage, "--" << name << " " << value << " is negative. Use 0 or more");
+    SELM_VALIDATE(node_memory >= 0, ExitCode::usage, "--node-memory " << node_memory << " is negative. Use 0 or more");
     if (status)
         return;
     SELM_VALIDATE(!train.empty(), ExitCode::usage, "train is missing (there are no preference rows). Set train = FILE in [run] or pass --train FILE");
@@ -291,18 +236,33 @@ void IterateOptions::validate() const
                   "first-iteration is '" << first_iteration << "'. Use selm or dpo");
     SELM_VALIDATE(!rank.rankers.empty() || rank.update_rule == "offline", ExitCode::usage,
                   "no ranker is given (new answers cannot be ordered). Set ranker = KIND:PATH in [rank]");
-    generate.common.validate();
-    generate.encoding.validate();
+    // All phases now, not when their turn comes after hours.
+    const IteratePhases phases(*this);
+    if (phases.imports_train())
+        phases.import_train().validate();
+    if (phases.imports_test())
+        phases.import_test().validate();
+    for (std::int64_t t = 1; t <= std::min<std::int64_t>(iterations, 2); ++t) { // the first may be another kind than the rest
+        phases.generate(t).validate();
+        phases.rank(t).validate();
+        phases.logprob(t).validate();
+        phases.train(t).validate();
+    }
+    if (!test.empty())
+        phases.held_out_generate(1).validate();
 }
 
-IterateReport run_iterate(const IterateOptions& given, Communicator& comm, std::ostream& out)
+IterateReport run_iterate(const IterateOptions& options, Communicator& comm, std::ostream& out)
 {
-    IterateOptions options = given;
-    share_run_options(options);
     options.validate();
-    const RunPaths paths(options.run);
+    IterateReport report;
+    if (options.dry_run) {
+        report.status = root_string(comm, "dry run", [&] { return dry_run_text(options, comm.size()); });
+        return report;
+    }
+    const IteratePhases phases(options);
+    const RunPaths& paths = phases.paths();
     if (options.status) {
-        IterateReport report;
         const RunManifest manifest(paths, comm);
         agree(comm, "status", [&] {
             SELM_VALIDATE(std::filesystem::exists(paths.recipe()), ExitCode::bad_data,
@@ -313,7 +273,7 @@ IterateReport run_iterate(const IterateOptions& given, Communicator& comm, std::
         return report;
     }
     claim_run_directory(paths, options.run, options.recipe_text, comm);
-    IterateReport report = Driver(options, comm, out).run();
+    report = Driver(phases, comm, out).run();
     if (report.outcome == Outcome::stopped)
         SELM_LOG(info, "run " << word(report.outcome) << "; everything so far is saved. Run the same command again to go on");
     return report;

@@ -53,6 +53,8 @@ const json* find(const json& iteration, const char* phase)
 
 std::string answers_block(const json& rank)
 {
+    if (count(rank, "generated_best") + count(rank, "generated_middle") + count(rank, "generated_worst") == 0)
+        return cat("  rows                    ", count(rank, "rows"), " (the given pairs, no new answers)\n");
     const auto& mean = rank.at("mean_score");
     return cat("  rows                    ", count(rank, "rows"), "\n  new answer was          best ", count(rank, "generated_best"),
                ", middle ", count(rank, "generated_middle"), ", worst ", count(rank, "generated_worst"), " (ties best = worst: ",

@@ -76,6 +76,32 @@ grep -q '"loss":0.69314' whole/iter1/policy/metrics.jsonl || fail "the first los
 checks=$((checks + 1))
 [ "$(sha256sum < whole/iter1/policy/model.safetensors)" != "$(sha256sum < policy/model.safetensors)" ] || fail "training changed nothing"
 
+# --- a dry run: the plan of the same recipe, without weights; the real run kept within the planned memory
+mkdir shape
+cp policy/config.json shape/
+expect 0 'iteration 2: rows 6:12, policy RUN/iter1/policy' "$bin/selm_iter" --config recipe.cfg --policy shape --dry-run --ranks 64
+expect_count 2 '3 optimizer steps of 2 rows, 1 of them warm-up'
+expect_count 1 '^missing +policy weights: shape'
+expect_count 1 'each with one owner among 64 ranks'
+expect_count 1 '^rows +13 in 2 portion\(s\) of 6 \(1 unused\), 3 held out'
+plan=$("$bin/selm_iter" --config recipe.cfg --dry-run --ranks 2 --format json)
+planned=$(grep '"rank_bytes"' <<<"$plan" | tail -1 | tr -dc 0-9)
+used=$(sed 's/.*"peak_bytes":\([0-9]*\).*/\1/' whole/iter?/policy/metrics.jsonl | sort -n | tail -1)
+checks=$((checks + 1))
+[ "$used" -gt 0 ] && [ "$used" -le "$planned" ] || fail "training used $used bytes of a rank, $planned were planned"
+checks=$((checks + 1))
+[ ! -e RUN ] || fail "a dry run wrote something"
+# A recipe that cannot run: one message, before anything is done.
+expect 65 'rows for 14 iterations' "$bin/selm_iter" --config recipe.cfg --dry-run --iterations 14
+expect 65 'train = nowhere.jsonl does not exist' "$bin/selm_iter" --config recipe.cfg --train nowhere.jsonl --train-rows 3: --dry-run
+expect 65 'asks for more than the 10 rows' "$bin/selm_iter" --config recipe.cfg --rows-total 10 --dry-run
+expect 78 'nowhere/config.json' "$bin/selm_iter" --config recipe.cfg --policy nowhere --dry-run
+expect 78 'generate needs .* GiB on a node' "$bin/selm_iter" --config recipe.cfg --dry-run --node-memory 0.001
+expect 78 'was made with another recipe: train.beta was 0.01, now 0.1' "$bin/selm_iter" --config recipe.cfg --train.beta 0.1 --run whole --dry-run
+expect 64 'schedule round is not known' iter 2 refused --schedule round
+checks=$((checks + 1))
+[ ! -e refused ] || fail "a refused recipe left a run directory"
+
 # --- a rerun finds everything done, on another number of ranks
 before=$(digests whole)
 expect 0 'iteration 2' iter 3 whole
@@ -120,8 +146,8 @@ checks=$((checks + 1))
 [ "$status" -eq 0 ] || { fail "the killed run never ended"; cat killed.log; }
 same killed whole "killed and rerun"
 
-# --- a first iteration on the given pairs
-expect 0 'iteration 1' iter 2 dpo --first-iteration dpo --iterations 1
+# --- a first iteration on the given pairs: they are not scored
+expect 0 'the given pairs, no new answers' iter 2 dpo --first-iteration dpo --iterations 1
 checks=$((checks + 1))
 grep -q '"loss/optimism":0.0' dpo/iter1/policy/metrics.jsonl || fail "iterative DPO has an optimism term"
 

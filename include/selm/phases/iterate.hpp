@@ -25,6 +25,12 @@ struct IterateOptions {
     std::int64_t iterations = 3;           ///< = portions
     std::string first_iteration = "selm";  ///< selm | dpo
     bool status = false;                   ///< print where RUN stands and exit; reads only
+    bool dry_run = false;                  ///< print what would be done and exit; writes nothing
+    std::int64_t ranks = 0;                ///< of the dry run; 0: those of the communicator
+    std::int64_t ranks_per_node = 0;       ///< of the dry run; 0: all ranks on one node
+    double node_memory = 0;                ///< GiB; a dry run that needs more on a node is refused; 0: not checked
+    std::int64_t rows_total = 0;           ///< rows of train for a dry run without the file; 0: counted
+    std::string format = "table";          ///< of the dry run: table | json
     ImportOptions import;
     GenerateOptions generate;
     RankOptions rank;
@@ -39,7 +45,7 @@ struct IterateOptions {
 struct IterateReport {
     Outcome outcome = Outcome::done;
     std::int64_t iterations_done = 0;
-    std::string status;                    ///< --status: where the run stands, on rank 0
+    std::string status;                    ///< text of --status or --dry-run, on rank 0
 };
 
 /// All phases of all iterations, resuming where the run directory stands. Rank 0 writes a block of results to @p out as each

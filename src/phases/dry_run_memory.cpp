@@ -1,0 +1,171 @@
+#include "dry_run_memory.hpp"
+
+#include <algorithm>
+#include <filesystem>
+
+#include "selm/base/error.hpp"
+#include "selm/model/decoder.hpp"
+#include "selm/model/weights.hpp"
+#include "selm/rank/ranker.hpp"
+
+namespace selm {
+namespace {
+
+constexpr std::int64_t float_bytes = 4;
+
+std::int64_t sum(const PhaseMemory::Parts& parts)
+{
+    std::int64_t total = 0;
+    for (const auto& part : parts)
+        total += part.second;
+    return total;
+}
+
+std::int64_t shared_weights(const DecoderConfig& config, const Engine& engine)
+{
+    return float_bytes * ResidentWeights::memory_elements(config, engine, false);
+}
+
+std::int64_t round_up(std::int64_t value, std::int64_t multiple)
+{
+    return (value + multiple - 1) / multiple * multiple;
+}
+
+/// Panels of the weights that training multiplies with; embedding and norms are used from the flat parameters.
+std::int64_t training_panels(const DecoderConfig& config, const Engine& engine)
+{
+    const auto parameters = decoder_parameters(config);
+    std::int64_t elements = 0;
+    for (std::size_t i = 1; i < parameters.size(); ++i)
+        if (parameters[i].parts.front().shape.size() == 2)
+            elements += engine.packed_elements(parameters[i].rows, parameters[i].columns, true);
+    if (ParameterIndex::head(config) == ParameterIndex::embedding)
+        elements += engine.packed_elements(config.vocabulary, config.hidden, true);
+    return float_bytes * elements;
+}
+
+} // namespace
+
+std::int64_t PhaseMemory::rank_bytes() const
+{
+    return sum(per_rank);
+}
+
+std::int64_t PhaseMemory::node_bytes(std::int64_t ranks_on_node) const
+{
+    return sum(per_node) + ranks_on_node * rank_bytes();
+}
+
+std::int64_t most_tokens(std::int64_t budget, const EncodingOptions& encoding, std::int64_t max_new_tokens)
+{
+    // recipe: a middle-ranked answer is not cut.
+    const std::int64_t row = candidates_per_row * encoding.max_length + (encoding.encoding == "recipe" ? max_new_tokens : 0);
+    return std::max(budget, row);
+}
+
+PhaseMemory generate_memory(const GenerateOptions& options, const DecoderConfig& policy, const Engine& engine)
+{
+    const std::int64_t sequence = std::min(options.encoding.max_prompt_length + options.max_new_tokens, policy.max_positions);
+    const std::int64_t keys_and_values = 2 * policy.layers * policy.kv_heads * policy.head_dim * round_up(sequence, prefill_tile);
+    PhaseMemory memory{"generate", {}, {{"weights", shared_weights(policy, engine)}}, {}};
+    memory.per_rank = {
+        {"keys and values", float_bytes * options.slots * keys_and_values},
+        {"activations",
+         decoder_activation_bytes(policy, engine.activation_dtype(), options.slots + options.prefill_tokens, options.slots, false)},
+        {"logits", float_bytes * options.slots * policy.vocabulary}};
+    return memory;
+}
+
+PhaseMemory rank_memory(const RankOptions& options, std::int64_t max_new_tokens, const Engine& engine)
+{
+    PhaseMemory memory{"rank", {}, {}, {}};
+    const std::int64_t tokens = most_tokens(options.tokens_per_microbatch, options.encoding, max_new_tokens);
+    for (const std::string& word : options.rankers) {
+        const RankerSpec spec = RankerSpec::parse(word);
+        if (spec.kind == "file")
+            continue;
+        if (spec.kind != "reward" || !std::filesystem::exists(spec.path + "/config.json")) {
+            memory.not_counted.push_back(word);
+            continue;
+        }
+        const DecoderConfig config = DecoderConfig::from_directory(spec.path);
+        memory.per_node.emplace_back("weights of " + word, shared_weights(config, engine));
+        memory.per_rank.emplace_back("activations of " + word,
+                                     decoder_activation_bytes(config, engine.activation_dtype(), tokens, candidates_per_row, false));
+    }
+    return memory;
+}
+
+PhaseMemory logprob_memory(const LogProbOptions& options, std::int64_t max_new_tokens, const DecoderConfig& policy,
+                           const Engine& engine)
+{
+    const std::int64_t tokens = most_tokens(options.tokens_per_microbatch, options.encoding, max_new_tokens);
+    return {"logprob",
+            {{"activations", decoder_activation_bytes(policy, engine.activation_dtype(), tokens, tokens, false)}},
+            {{"weights", shared_weights(policy, engine)}},
+            {}};
+}
+
+PhaseMemory train_memory(const TrainOptions& options, std::int64_t max_new_tokens, const DecoderConfig& policy,
+                         const Engine& engine, const FlatLayout& layout)
+{
+    const std::int64_t tokens = most_tokens(options.tokens_per_microbatch, options.encoding, max_new_tokens);
+    const auto whole = static_cast<std::int64_t>(layout.total());
+    const auto shard = options.zero == 0 ? whole : static_cast<std::int64_t>(layout.shard(0).size); // the first is the largest
+    PhaseMemory memory{"train", {}, {}, {}};
+    memory.per_rank = {{"parameters", float_bytes * whole},
+                       {"packed weights", training_panels(policy, engine)},
+                       {"gradients", float_bytes * whole},
+                       // master weights, two moments, the reduced gradient
+                       {"optimizer shard", 4 * float_bytes * shard},
+                       {"activations", decoder_activation_bytes(policy, engine.activation_dtype(), tokens, tokens, true)}};
+    return memory;
+}
+
+ShardBalance check_shards(std::size_t total, std::size_t alignment, const std::vector<ShardInfo>& shards)
+{
+    SELM_EXPECT(!shards.empty() && alignment >= 1);
+    ShardBalance balance{shards.front().size, 0};
+    std::size_t end = 0;
+    for (std::size_t rank = 0; rank < shards.size(); ++rank) {
+        if (shards[rank].offset != end)
+            throw internal_error(cat("the shard of rank ", rank, " of ", shards.size(), " begins at element ", shards[rank].offset,
+                                     ", but the one before it ends at ", end,
+                                     " (elements would have no owner, or two). Report this"));
+        end += shards[rank].size;
+        balance.smallest = std::min(balance.smallest, shards[rank].size);
+        balance.largest = std::max(balance.largest, shards[rank].size);
+    }
+    if (end != total)
+        throw internal_error(cat("the shards end at element ", end, " of ", total, " (the rest would have no owner). Report this"));
+    const std::size_t equal_share = (total + shards.size() - 1) / shards.size();
+    if (balance.largest >= equal_share + alignment)
+        throw internal_error(cat("the largest of ", shards.size(), " shards has ", balance.largest, " elements, an equal share is ",
+                                 equal_share, " (that rank would need more memory than planned). Report this"));
+    return balance;
+}
+
+void check_tensor_slices(const std::vector<ParameterSpec>& parameters, const FlatLayout& layout)
+{
+    std::vector<std::size_t> covered;
+    for (int rank = 0; rank < layout.ranks(); ++rank) {
+        const auto slices = part_slices(parameters, layout, layout.shard(rank));
+        covered.resize(slices.size(), 0);
+        for (std::size_t i = 0; i < slices.size(); ++i) {
+            if (slices[i].count == 0)
+                continue;
+            if (slices[i].part_begin != covered[i])
+                throw internal_error(cat(slices[i].part->name, ": rank ", rank, " owns elements from ", slices[i].part_begin,
+                                         ", but the ranks before it own ", covered[i], ". Report this"));
+            covered[i] += slices[i].count;
+        }
+    }
+    std::size_t i = 0;
+    for (const ParameterSpec& parameter : parameters)
+        for (const ParameterSpec::Part& part : parameter.parts)
+            if (covered.at(i++) != static_cast<std::size_t>(part.rows * parameter.columns))
+                throw internal_error(cat(part.name, ": ", covered[i - 1], " of ", part.rows * parameter.columns,
+                                         " elements have an owner. Report this"));
+}
+
+} // namespace selm
