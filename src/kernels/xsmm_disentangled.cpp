@@ -33,6 +33,7 @@ struct XsmmEngine::DisentangledHead {
     Segment segment;
     std::int64_t query_block = 0, key_block = 0;   ///< first blocks that the segment's distances reach
     std::int64_t blocks = 0;                       ///< how many, of both
+    float* contents = nullptr;                     ///< [3][L][D]: the segment's queries, keys and values, this head's
     std::int64_t stride = 0;                       ///< of rows of products
     float* keys_transposed = nullptr;              ///< [blocks of keys][D][64]
     float* content_to_position = nullptr;          ///< [64][stride]: queries of a tile times reversed relative keys
@@ -42,10 +43,9 @@ struct XsmmEngine::DisentangledHead {
     {
         return narrow(std::min<std::int64_t>(tile, segment.length - begin));
     }
-    const float* row(std::int64_t position, std::int64_t column) const
-    {
-        return qkv->row_f32(segment.begin + position) + column;
-    }
+    const float* queries(std::int64_t position) const { return contents + position * dim; }
+    const float* keys(std::int64_t position) const { return queries(segment.length + position); }
+    const float* values(std::int64_t position) const { return queries(2 * segment.length + position); }
     /// Column of content_to_position of relative position 0.
     std::int64_t content_origin() const { return positions - 1 - key_block * tile; }
     /// Column of position_to_content of relative position 0 (not positive).
@@ -115,7 +115,7 @@ void XsmmEngine::prepare_head(DisentangledHead& head, const Tensor& qkv, const T
     transpose_blocks(head.reversed_keys, dim, positions, dim, head.key_blocks);
 }
 
-void XsmmEngine::prepare_segment(DisentangledHead& head, const Segment& segment, const DisentangledShape& shape)
+void XsmmEngine::prepare_segment(DisentangledHead& head, const Segment& segment)
 {
     head.segment = segment;
     const std::int64_t lowest = head.index[1 - segment.length], highest = head.index[segment.length - 1];
@@ -127,30 +127,35 @@ void XsmmEngine::prepare_segment(DisentangledHead& head, const Segment& segment,
     head.query_block = std::max<std::int64_t>(0, std::min(head.query_block, blocks_of(head.positions) - head.blocks));
     head.key_block = std::max<std::int64_t>(0, std::min(head.key_block, blocks_of(head.positions) - head.blocks));
     head.stride = head.blocks * tile + 16; // not a power of two: rows would share few places of the cache
-    const std::int64_t padded = blocks_of(segment.length) * tile;
-    head.keys_transposed = keys_transposed_.get(padded * shape.head_dim);
+    // Rows of qkv lie a page apart or more, at places of few cache sets: a head's part is copied together.
+    const std::int64_t length = segment.length, dim = head.dim, padded = blocks_of(length) * tile;
+    head.contents = contents_.get(3 * length * dim);
+    const std::int64_t columns[3] = {head.query_column, head.key_column, head.value_column};
+    for (std::int64_t which = 0; which < 3; ++which)
+        for (std::int64_t i = 0; i < length; ++i)
+            std::copy_n(head.qkv->row_f32(segment.begin + i) + columns[which], dim,
+                        head.contents + (which * length + i) * dim);
+    head.keys_transposed = keys_transposed_.get(padded * dim);
     head.content_to_position = content_to_position_.get(tile * head.stride);
     head.position_to_content = position_to_content_.get(segment.length * head.stride);
-    transpose_blocks(head.row(0, head.key_column), head.qkv->stride, segment.length, shape.head_dim,
-                     head.keys_transposed);
-    multiply_relative(head, head.query_blocks + head.query_block * tile * head.dim, head.row(0, head.key_column),
+    transpose_blocks(head.keys(0), dim, segment.length, dim, head.keys_transposed);
+    multiply_relative(head, head.query_blocks + head.query_block * tile * head.dim, head.keys(0),
                       segment.length, head.position_to_content);
 }
 
 void XsmmEngine::multiply_relative(const DisentangledHead& head, const float* blocks, const float* rows,
                                    std::int64_t count, float* to)
 {
-    const auto stride = head.qkv->stride;
     for (std::int64_t row = 0; row < count; row += rows_per_call) {
         const GemmKernel kernel = kernels_.find({.m = tile,
                                                  .n = narrow(std::min(rows_per_call, count - row)),
                                                  .k = head.dim,
                                                  .lda = tile,
-                                                 .ldb = narrow(stride),
+                                                 .ldb = head.dim,
                                                  .ldc = narrow(head.stride),
                                                  .accumulate = false});
         for (std::int64_t block = 0; block < head.blocks; ++block)
-            kernel(blocks + block * tile * head.dim, rows + row * stride, to + row * head.stride + block * tile);
+            kernel(blocks + block * tile * head.dim, rows + row * head.dim, to + row * head.stride + block * tile);
     }
 }
 
@@ -161,9 +166,9 @@ void XsmmEngine::score_disentangled(const DisentangledHead& head, std::int64_t q
                    .n = rows,
                    .k = head.dim,
                    .lda = tile,
-                   .ldb = narrow(head.qkv->stride),
+                   .ldb = head.dim,
                    .ldc = tile,
-                   .accumulate = false})(head.keys_transposed + key * head.dim, head.row(query, head.query_column),
+                   .accumulate = false})(head.keys_transposed + key * head.dim, head.queries(query),
                                          scores);
     // Distance of row i and key j: (query - key) + i - j.
     const std::int32_t* const index = head.index + (query - key);
@@ -210,25 +215,27 @@ void XsmmEngine::attend_disentangled(const DisentangledHead& head, std::int64_t 
     const std::int32_t rows = head.tile_rows(query);
     const std::int64_t row = head.segment.begin + query;
     float* const scores = score_tile_.get(tile * tile);
-    float* const sums = output_tile_.get(tile * head.dim);
-    multiply_relative(head, head.key_blocks + head.key_block * tile * head.dim, head.row(query, head.query_column),
+    float* const sums = output_tile_.get(2 * tile * head.dim); // of all tiles so far, and of one (see place_tile)
+    float* const part = sums + tile * head.dim;
+    multiply_relative(head, head.key_blocks + head.key_block * tile * head.dim, head.queries(query),
                       rows, head.content_to_position);
     RowState states[tile];
+    float factors[tile];
     for (std::int64_t key = 0; key < head.segment.length; key += tile) {
         const std::int32_t keys = head.tile_rows(key);
         score_disentangled(head, query, key, scores);
-        for (std::int32_t i = 0; i < rows; ++i) {
-            const float factor = soften_row(scores + i * tile, keys, head.scale, states[i]);
-            if (factor != 1.0f && key > 0)
-                scale_row(sums + i * head.dim, head.dim, factor);
-        }
+        for (std::int32_t i = 0; i < rows; ++i)
+            factors[i] = soften_row(scores + i * tile, keys, head.scale, states[i]);
         kernels_.find({.m = head.dim,
                        .n = rows,
                        .k = keys,
-                       .lda = narrow(head.qkv->stride),
+                       .lda = head.dim,
                        .ldb = tile,
                        .ldc = head.dim,
-                       .accumulate = key > 0})(head.row(key, head.value_column), scores, sums);
+                       .accumulate = false})(head.values(key), scores, key == 0 ? sums : part);
+        for (std::int32_t i = 0; key > 0 && i < rows; ++i)
+            for (std::int32_t d = i * head.dim; d < (i + 1) * head.dim; ++d)
+                sums[d] = sums[d] * factors[i] + part[d];
     }
     for (std::int32_t i = 0; i < rows; ++i) {
         const float factor = 1.0f / states[i].sum;
@@ -270,7 +277,7 @@ void XsmmEngine::disentangled_attention(const Tensor& qkv, const Tensor& relativ
         DisentangledHead head;
         prepare_head(head, qkv, relative, shape, i);
         for (const Segment& segment : segments) {
-            prepare_segment(head, segment, shape);
+            prepare_segment(head, segment);
             for (std::int64_t query = 0; query < segment.length; query += tile)
                 attend_disentangled(head, query, out, lse);
         }
@@ -282,9 +289,8 @@ void XsmmEngine::attend_disentangled_backward(const DisentangledHead& head, std:
 {
     const std::int32_t rows = head.tile_rows(query), dim = head.dim;
     const std::int64_t row = head.segment.begin + query, stride = head.stride;
-    const auto qkv_stride = narrow(head.qkv->stride), d_stride = narrow(to.d_qkv->stride);
-    const auto d_out_stride = narrow(to.d_out->stride);
-    const float* const queries = head.row(query, head.query_column);
+    const auto d_stride = narrow(to.d_qkv->stride), d_out_stride = narrow(to.d_out->stride);
+    const float* const queries = head.queries(query);
     const float* const d_out = to.d_out->row_f32(row) + head.query_column;
     float* const d_queries = to.d_qkv->row_f32(row) + head.query_column;
     float* const p = backward_tiles_.get(4 * tile * tile);
@@ -331,8 +337,8 @@ void XsmmEngine::attend_disentangled_backward(const DisentangledHead& head, std:
         };
         float* const d_key_row = to.d_qkv->row_f32(head.segment.begin + key);
         add_product(keys, rows, d_out, d_out_stride, p_transposed, d_key_row + head.value_column);
-        add_product(keys, rows, queries, qkv_stride, ds_transposed, d_key_row + head.key_column);
-        add_product(rows, keys, head.row(key, head.key_column), qkv_stride, ds, d_queries);
+        add_product(keys, rows, queries, dim, ds_transposed, d_key_row + head.key_column);
+        add_product(rows, keys, head.keys(key), dim, ds, d_queries);
     }
     // The relative keys' part: dQ += dC RK, dRK += dC^T Q.
     const auto columns = narrow(head.key_columns());
@@ -348,7 +354,7 @@ void XsmmEngine::attend_disentangled_backward(const DisentangledHead& head, std:
     kernels_.find({.m = dim,
                    .n = columns,
                    .k = rows,
-                   .lda = qkv_stride,
+                   .lda = dim,
                    .ldb = tile,
                    .ldc = dim,
                    .accumulate = true})(queries, to.transposed,
@@ -375,10 +381,10 @@ void XsmmEngine::finish_disentangled_backward(const DisentangledHead& head, cons
         kernels_.find({.m = head.dim,
                        .n = columns,
                        .k = keys,
-                       .lda = narrow(head.qkv->stride),
+                       .lda = head.dim,
                        .ldb = tile,
                        .ldc = narrow(to.d_relative_stride),
-                       .accumulate = true})(head.row(key, head.key_column), to.transposed,
+                       .accumulate = true})(head.keys(key), to.transposed,
                                             to.d_relative_queries + first * to.d_relative_stride);
     }
 }
@@ -413,9 +419,9 @@ void XsmmEngine::disentangled_attention_backward(const Tensor& qkv, const Tensor
         to.transposed = to.d_content_to_position + padded * tile;
         std::fill(to.d_reversed_keys, to.d_reversed_keys + positions * dim, 0.0f);
         for (const Segment& segment : segments) {
-            prepare_segment(head, segment, shape);
+            prepare_segment(head, segment);
             float* const values = values_transposed_.get(blocks_of(segment.length) * tile * dim);
-            transpose_blocks(head.row(0, head.value_column), qkv.stride, segment.length, dim, values);
+            transpose_blocks(head.values(0), dim, segment.length, dim, values);
             to.values_transposed = values;
             to.d_position_to_content = position_gradient_.get(segment.length * head.stride);
             std::fill(to.d_position_to_content, to.d_position_to_content + segment.length * head.stride, 0.0f);

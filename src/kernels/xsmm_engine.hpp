@@ -167,7 +167,7 @@ class XsmmEngine final : public Engine {
     struct DisentangledHead;
     void prepare_head(DisentangledHead& head, const Tensor& qkv, const Tensor& relative, const DisentangledShape& shape,
                       std::int64_t index);
-    void prepare_segment(DisentangledHead& head, const Segment& segment, const DisentangledShape& shape);
+    void prepare_segment(DisentangledHead& head, const Segment& segment);
     /// to [count][head.stride] = rows of head_dim numbers times the transposed relative rows of some blocks.
     void multiply_relative(const DisentangledHead& head, const float* blocks, const float* rows, std::int64_t count,
                            float* to);
@@ -175,7 +175,8 @@ class XsmmEngine final : public Engine {
     void score_disentangled(const DisentangledHead& head, std::int64_t query, std::int64_t key, float* scores);
     void attend_disentangled(const DisentangledHead& head, std::int64_t query, const Tensor& out, const Tensor& lse);
     struct DisentangledGradients;
-    void attend_disentangled_backward(const DisentangledHead& head, std::int64_t query, const DisentangledGradients& to);
+    void attend_disentangled_backward(const DisentangledHead& head, std::int64_t query,
+                                      const DisentangledGradients& to);
     void finish_disentangled_backward(const DisentangledHead& head, const DisentangledGradients& to);
 
     /// Logits of some rows for some vocabulary columns; the tile's row stride is that of a whole tile.
@@ -188,8 +189,8 @@ class XsmmEngine final : public Engine {
     GemmKernels kernels_;
     MemoryPool memory_;
     Scratch expanded_, x_panels_, dy_transposed_, score_tile_, output_tile_, keys_transposed_, backward_tiles_,
-        decode_scores_, logit_tile_, logit_gradient_, relative_blocks_, values_transposed_, content_to_position_,
-        position_to_content_, relative_gradient_, position_gradient_;
+        decode_scores_, logit_tile_, logit_gradient_, relative_blocks_, contents_, values_transposed_,
+        content_to_position_, position_to_content_, relative_gradient_, position_gradient_;
     std::vector<KeyTile> key_tiles_;
 };
 

@@ -6,30 +6,11 @@
 #include <span>
 #include <vector>
 
+#include "buffer.hpp"
 #include "rope.hpp"
 #include "selm/model/decoder.hpp"
 
 namespace selm {
-
-/// Memory reused from call to call; grows to the largest request and then stays.
-class Buffer {
-  public:
-    Tensor view(Engine& engine, std::int64_t rows, std::int64_t columns, DType dtype)
-    {
-        const std::int64_t elements = rows * columns;
-        if (memory_.columns < elements || memory_.dtype != dtype) {
-            memory_ = {}; // the old memory goes first
-            memory_ = engine.allocate(1, elements, dtype);
-        }
-        Tensor out = memory_;
-        out.rows = rows;
-        out.columns = out.stride = columns;
-        return out;
-    }
-
-  private:
-    Tensor memory_;
-};
 
 /// What one layer reads and writes for T tokens. Without a backward pass the three residual streams are one tensor in
 /// place, and the rstd are empty.

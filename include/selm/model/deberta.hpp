@@ -113,7 +113,7 @@ void read_pair_parameter(const SafetensorsReader& reader, const ParameterSpec& s
 
 /// Writes the weights under PairRM's names into @p directory, as write_safetensors() does. Parameters are read in
 /// blocks: no full copy exists. config.json and the tokenizer's files are the caller's. @throws Error io.
-void write_pair_weights(const std::string& directory, const DebertaConfig& config, const ParameterReader& read, DType dtype,
-                        std::int64_t max_shard_bytes = 5'000'000'000);
+void write_pair_weights(const std::string& directory, const DebertaConfig& config, const ParameterReader& read,
+                        DType dtype, std::int64_t max_shard_bytes = 5'000'000'000);
 
 } // namespace selm

@@ -10,8 +10,8 @@
 
 namespace selm {
 
-/// One ordered pair as the model reads it: "[CLS] <|source|> x [SEP] [CLS] <|candidate1|> a [SEP] [CLS] <|candidate2|> b
-/// [SEP]", and where its three prefix tokens stand.
+/// One ordered pair as the model reads it, "[CLS] <|source|> x [SEP] [CLS] <|candidate1|> a [SEP] [CLS] <|candidate2|>
+/// b [SEP]", and where its three prefix tokens stand.
 struct PairInput {
     std::vector<std::int32_t> ids; ///< at least one token, no padding
     std::int64_t source = 0;       ///< positions in ids
@@ -56,12 +56,12 @@ class PairWeights {
 };
 
 /**
- * @brief PairRM: a DeBERTa encoder and a head that scores the left and the right candidate from the hidden states of the
- * three prefix tokens; logit = left - right, > 0 means that the left one is better.
+ * @brief PairRM: a DeBERTa encoder and a head that scores the left and the right candidate from the hidden states of
+ * the three prefix tokens; logit = left - right, > 0 means that the left one is better.
  *
- * head([s; c]) = W2 tanh(W1 [s; c] + b1) + b2. Sequences are packed without padding, and a sequence's logit has the same
- * bits whatever else is in the call (when Engine::row_invariant()). Damaged weights give non-finite logits: the caller
- * knows the rows and reports them. Does not communicate.
+ * head([s; c]) = W2 tanh(W1 [s; c] + b1) + b2. Sequences are packed without padding, and a sequence's logit has the
+ * same bits whatever else is in the call (when Engine::row_invariant()). Damaged weights give non-finite logits: the
+ * caller knows the rows and reports them. Does not communicate.
  */
 class PairModel {
   public:
