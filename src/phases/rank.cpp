@@ -19,8 +19,10 @@
 #include "selm/data/work_queue.hpp"
 #include "selm/phases/shared_model.hpp"
 #include "selm/rank/file_ranker.hpp"
+#include "selm/rank/pairrm_ranker.hpp"
 #include "selm/rank/ranker.hpp"
 #include "selm/rank/reward_ranker.hpp"
+#include "shared_pair_model.hpp"
 
 namespace selm {
 namespace {
@@ -40,9 +42,11 @@ struct LoadedRanker {
     RankerSpec spec;
     std::string name;
     std::unique_ptr<SharedModel> model;
+    std::unique_ptr<SharedPairModel> pair_model;
     std::unique_ptr<Tokenizer> tokenizer;
     std::unique_ptr<Ranker> ranker;
     std::string identity; ///< digest and what else decides its scores
+    bool pairwise() const { return pair_model != nullptr; }
 };
 
 /// Scores of one row as they are journalled and exchanged between ranks.
@@ -52,12 +56,38 @@ struct ScoredRow {
     std::array<float, 9> logits{};
 };
 
+void warn_of_variance(const Engine& engine)
+{
+    if (!engine.row_invariant())
+        SELM_LOG(warning, "engine " << engine.name() << " is not row-invariant here: scores may differ in the last bits with the number of ranks");
+}
+
+void load_pair_ranker(LoadedRanker& loaded, const RankOptions& options, Communicator& comm)
+{
+    const std::string& directory = loaded.spec.path;
+    loaded.pair_model = SharedPairModel::from_directory(directory, options.common, options.pairrm_dtype, comm);
+    agree(comm, "pair ranker", [&] {
+        const PairLimits limits = PairLimits::from_directory(directory);
+        loaded.ranker = make_pairrm_ranker({.model = loaded.pair_model->model(), .tokenizer = loaded.pair_model->tokenizer(),
+                                            .limits = limits, .mode = parse_pair_rank_mode(options.rank_mode),
+                                            .tokens_per_batch = options.tokens_per_microbatch, .directory = directory,
+                                            .digest = loaded.pair_model->digest()});
+        loaded.identity = cat(loaded.pair_model->digest(), ' ', loaded.pair_model->engine_key(), ' ', options.rank_mode, ' ', limits.source, ' ',
+                              limits.candidate);
+    });
+    warn_of_variance(loaded.pair_model->engine());
+}
+
 LoadedRanker load_ranker(const RankerSpec& spec, const std::string& name, const RankOptions& options, Communicator& comm)
 {
-    LoadedRanker loaded{spec, name, nullptr, nullptr, nullptr, {}};
+    LoadedRanker loaded{spec, name, nullptr, nullptr, nullptr, nullptr, {}};
     if (spec.kind == "file") {
         agree(comm, "scores file", [&] { loaded.ranker = make_file_ranker(spec.path); });
         loaded.identity = loaded.ranker->digest();
+        return loaded;
+    }
+    if (spec.kind == "pairrm") {
+        load_pair_ranker(loaded, options, comm);
         return loaded;
     }
     loaded.model = SharedModel::from_directory(spec.path, options.common, comm);
@@ -69,7 +99,7 @@ LoadedRanker load_ranker(const RankerSpec& spec, const std::string& name, const 
         limits.validate();
         SELM_VALIDATE(limits.max_length <= loaded.model->config().max_positions, ExitCode::configuration,
                       "--max-length " << limits.max_length << " is beyond the context of " << spec.path << " ("
-                                      << loaded.model->config().max_positions << " tokens). Lower it");
+                                      << loaded.model->config().context() << "). Lower it");
         loaded.ranker = make_reward_ranker({.decoder = loaded.model->decoder(), .weights = loaded.model->weights(),
                                             .tokenizer = *loaded.tokenizer, .format = format, .limits = limits,
                                             .tokens_per_microbatch = options.tokens_per_microbatch, .directory = spec.path,
@@ -77,9 +107,7 @@ LoadedRanker load_ranker(const RankerSpec& spec, const std::string& name, const 
         loaded.identity = cat(loaded.model->digest(), ' ', loaded.model->engine_key(), ' ', format.name(), ' ', limits.max_length, ' ',
                               limits.max_prompt_length);
     });
-    if (!loaded.model->engine().row_invariant())
-        SELM_LOG(warning, "engine " << loaded.model->engine().name() << " is not row-invariant here: scores may differ in the last bits with "
-                                       "the number of ranks");
+    warn_of_variance(loaded.model->engine());
     return loaded;
 }
 
@@ -96,21 +124,26 @@ RankRow read_row(const IterationReader& file, std::int64_t position, bool genera
     return out;
 }
 
-/// Rows longest first, so that the last rows handed out are short ones.
-std::vector<std::int64_t> hand_out_order(const IterationReader& file, const Journal& journal)
+/// Blocks of `block` rows in file order that have a row to score, those with most text first, so that the last ones handed
+/// out are short.
+std::vector<std::int64_t> hand_out_order(const IterationReader& file, const Journal& journal, std::int64_t block)
 {
-    std::vector<std::int64_t> rows;
-    for (std::int64_t i = 0; i < file.rows(); ++i)
-        if (!journal.is_done(i))
-            rows.push_back(i);
-    std::vector<std::int64_t> bytes(static_cast<std::size_t>(file.rows()));
-    for (const std::int64_t i : rows)
-        bytes[static_cast<std::size_t>(i)] = file.message_bytes(i) + file.answer_bytes(i, Candidate::generated) +
-                                             file.answer_bytes(i, Candidate::chosen) + file.answer_bytes(i, Candidate::rejected);
-    std::stable_sort(rows.begin(), rows.end(), [&](std::int64_t a, std::int64_t b) {
+    std::vector<std::int64_t> bytes(static_cast<std::size_t>((file.rows() + block - 1) / block));
+    std::vector<bool> open(bytes.size());
+    for (std::int64_t i = 0; i < file.rows(); ++i) {
+        const auto b = static_cast<std::size_t>(i / block);
+        open[b] = open[b] || !journal.is_done(i);
+        bytes[b] += file.message_bytes(i) + file.answer_bytes(i, Candidate::generated) + file.answer_bytes(i, Candidate::chosen) +
+                    file.answer_bytes(i, Candidate::rejected);
+    }
+    std::vector<std::int64_t> blocks;
+    for (std::size_t b = 0; b < open.size(); ++b)
+        if (open[b])
+            blocks.push_back(static_cast<std::int64_t>(b));
+    std::stable_sort(blocks.begin(), blocks.end(), [&](std::int64_t a, std::int64_t b) {
         return bytes[static_cast<std::size_t>(a)] > bytes[static_cast<std::size_t>(b)];
     });
-    return rows;
+    return blocks;
 }
 
 bool stop_wanted(const RankOptions& options, const Communicator& comm)
@@ -128,7 +161,7 @@ class RankerPass {
   public:
     RankerPass(const RankOptions& options, const IterationReader& file, const std::string& input_digest, LoadedRanker& loaded,
                Communicator& comm)
-        : options_(options), file_(file), loaded_(loaded), comm_(comm),
+        : options_(options), file_(file), loaded_(loaded), comm_(comm), block_(loaded.ranker->batch_rows()),
           journal_(journal_of(options, loaded.name),
                    {{"ranker", loaded.identity}, {"rows", input_digest}, {"candidates", options.generated_only ? "generated" : "all"}}, comm)
     {
@@ -139,10 +172,11 @@ class RankerPass {
         for (const Journal::Record& record : journal_.recovered())
             mine_.push_back(decode(record));
         const auto start = std::chrono::steady_clock::now();
-        WorkQueue queue(comm_, hand_out_order(file_, journal_), {.tag = 1, .initial_per_rank = 1, .prefetch = rows_at_a_time});
+        WorkQueue queue(comm_, hand_out_order(file_, journal_, block_),
+                        {.tag = 1, .initial_per_rank = 1, .prefetch = block_ > 1 ? 1 : rows_at_a_time});
         run_queue(comm_, queue, "ranking rows", [&](WorkQueue& work) { score_rows(work, start); });
         journal_.sync();
-        timing.rows += queue.taken();
+        timing.rows += scored_;
         timing.idle_s += queue.idle_s();
         timing.busy_s += seconds_since(start) - queue.idle_s();
         if (all_reduce_value(comm_, std::int64_t{queue.stopped() ? 1 : 0}, ReduceOp::max, "was ranking stopped") != 0)
@@ -155,45 +189,56 @@ class RankerPass {
   private:
     void score_rows(WorkQueue& work, std::chrono::steady_clock::time_point start)
     {
-        std::int64_t done = 0;
         double next_line_s = 10;
+        const std::size_t at_a_time = block_ > 1 ? 1 : rows_at_a_time;
         for (bool finished = false; !finished;) {
-            std::vector<std::int64_t> positions;
-            while (static_cast<std::int64_t>(positions.size()) < rows_at_a_time) {
+            std::vector<std::int64_t> blocks;
+            while (blocks.size() < at_a_time) {
                 const WorkQueue::Next next = work.try_next();
                 finished = next.state == WorkQueue::State::finished;
                 if (next.state != WorkQueue::State::item)
                     break;
-                positions.push_back(next.item);
+                blocks.push_back(next.item);
             }
-            if (positions.empty() && !finished) {
+            if (blocks.empty() && !finished) {
                 const auto one = work.next();
                 finished = !one;
                 if (one)
-                    positions.push_back(*one);
+                    blocks.push_back(*one);
             }
-            score(positions);
-            done += static_cast<std::int64_t>(positions.size());
+            score(blocks);
             if (stop_wanted(options_, comm_))
                 work.stop();
             if (comm_.is_root() && options_.common.progress != "off" && seconds_since(start) > next_line_s) {
-                SELM_LOG(info, "ranking with " << loaded_.name << ": " << done << " rows on rank 0 of " << file_.rows() << " in all, "
+                SELM_LOG(info, "ranking with " << loaded_.name << ": " << scored_ << " rows on rank 0 of " << file_.rows() << " in all, "
                                                << static_cast<std::int64_t>(seconds_since(start)) << " s");
                 next_line_s += 10;
             }
         }
     }
 
-    void score(const std::vector<std::int64_t>& positions)
+    /// One block, or several of one row each: what the ranker may see together.
+    void score(const std::vector<std::int64_t>& blocks)
     {
+        std::vector<std::int64_t> positions;
         std::vector<RankRow> rows;
-        for (const std::int64_t position : positions)
-            rows.push_back(read_row(file_, position, options_.generated_only));
+        // A pairwise ranker compares the generated answer with the others even where it alone gets a score.
+        const bool generated_alone = options_.generated_only && !loaded_.pairwise();
+        for (const std::int64_t block : blocks)
+            for (std::int64_t i = block * block_; i < std::min((block + 1) * block_, file_.rows()); ++i) {
+                positions.push_back(i);
+                rows.push_back(read_row(file_, i, generated_alone));
+            }
         const std::vector<RowScores> scores = loaded_.ranker->score(rows);
         for (std::size_t i = 0; i < rows.size(); ++i) {
+            if (journal_.is_done(positions[i])) // of a block that an earlier run left unfinished
+                continue;
             ScoredRow row{positions[i], scores[i].scores, scores[i].logits.value_or(std::array<float, 9>{})};
+            if (options_.generated_only)
+                row.scores[1] = row.scores[2] = no_candidate;
             journal_.append(row.position, std::as_bytes(std::span<const ScoredRow>(&row, 1)));
             mine_.push_back(row);
+            ++scored_;
         }
     }
 
@@ -226,8 +271,10 @@ class RankerPass {
     const IterationReader& file_;
     LoadedRanker& loaded_;
     Communicator& comm_;
+    std::int64_t block_; ///< rows that the ranker must see together
     Journal journal_;
     std::vector<ScoredRow> mine_;
+    std::int64_t scored_ = 0; ///< rows of this run
 };
 
 /// Numbers of a ranked file, from its scores alone: the same on a first run and on a rerun.
@@ -311,9 +358,12 @@ void RankOptions::describe(OptionVisitor& visitor)
     common.describe(visitor);
     encoding.describe(visitor);
     visitor.option("rank", "iter", iter, "iteration file (iter.h5) to rank", OptionRole::operational);
-    visitor.option("rank", "ranker", rankers, "KIND:PATH, repeatable: reward:DIR (sequence-classification model) or file:F.jsonl", OptionRole::recipe);
+    visitor.option("rank", "ranker", rankers, "KIND:PATH, repeatable: pairrm:DIR (PairRM), reward:DIR (sequence-classification model) or file:F.jsonl",
+                   OptionRole::recipe);
     visitor.option("rank", "update-rule", update_rule, "best-worst|replace|offline", OptionRole::recipe);
-    visitor.option("rank", "rank-mode", rank_mode, "per-row|blender (blender: pairwise rankers only)", OptionRole::recipe);
+    visitor.option("rank", "rank-mode", rank_mode, "per-row|blender: how pairrm cuts long texts (blender: by batches of 8 rows, as LLM-Blender)",
+                   OptionRole::recipe);
+    visitor.option("rank", "pairrm-dtype", pairrm_dtype, "fp32|bf16: weights of pairrm, whatever --dtype says", OptionRole::recipe);
     visitor.option("rank", "generated-only", generated_only, "on|off: score the generated answers alone (held-out files)", OptionRole::recipe);
     visitor.option("rank", "tokens-per-microbatch", tokens_per_microbatch, "packed tokens computed together", OptionRole::operational);
     visitor.option("rank", "stop-file", stop_file, "stop and save when this file exists", OptionRole::operational);
@@ -326,14 +376,15 @@ void RankOptions::validate() const
     SELM_VALIDATE(!iter.empty(), ExitCode::usage, "--iter is missing (there is nothing to rank). Pass --iter iter.h5");
     parse_update_rule(update_rule);
     SELM_VALIDATE(!rankers.empty() || update_rule == "offline", ExitCode::usage,
-                  "--ranker is missing (update rule " << update_rule << " needs scores). Pass --ranker reward:DIR or file:F.jsonl, or --update-rule offline");
+                  "--ranker is missing (update rule " << update_rule << " needs scores). Pass --ranker pairrm:DIR, reward:DIR or file:F.jsonl, or --update-rule offline");
     SELM_VALIDATE(!generated_only || !rankers.empty(), ExitCode::usage, "--generated-only on needs a --ranker");
-    SELM_VALIDATE(rank_mode == "per-row" || rank_mode == "blender", ExitCode::usage, "--rank-mode is '" << rank_mode << "'. Use per-row or blender");
-    SELM_VALIDATE(rank_mode == "per-row", ExitCode::configuration,
-                  "--rank-mode blender is for pairwise rankers (PairRM), which this build does not have. Use --rank-mode per-row");
+    SELM_VALIDATE(pairrm_dtype == "fp32" || pairrm_dtype == "bf16", ExitCode::usage, "--pairrm-dtype is '" << pairrm_dtype << "'. Use fp32 or bf16");
     SELM_VALIDATE(tokens_per_microbatch >= 1, ExitCode::usage, "--tokens-per-microbatch must be at least 1");
+    bool pairwise = false;
     for (const std::string& word : rankers)
-        RankerSpec::parse(word);
+        pairwise = RankerSpec::parse(word).kind == "pairrm" || pairwise;
+    SELM_VALIDATE(parse_pair_rank_mode(rank_mode) == PairRankMode::per_row || pairwise, ExitCode::usage,
+                  "--rank-mode blender is for --ranker pairrm:DIR (other rankers read a row by itself). Use --rank-mode per-row");
 }
 
 RankReport run_rank(const RankOptions& options, Communicator& comm)
@@ -364,7 +415,7 @@ RankReport run_rank(const RankOptions& options, Communicator& comm)
     info.update_rule = plan.rule;
     info.attributes = {{"binding", binding.hex()}, {"rank_mode", options.rank_mode}};
     for (const LoadedRanker& ranker : rankers)
-        info.rankers.push_back({ranker.name, false, {{"path", ranker.spec.path}, {"digest", ranker.identity}}});
+        info.rankers.push_back({ranker.name, ranker.pairwise(), {{"path", ranker.spec.path}, {"digest", ranker.identity}}});
 
     std::int64_t complete = 0;
     agree(comm, "existing ranking", [&] {

@@ -3,6 +3,7 @@
 #include <filesystem>
 #include <utility>
 
+#include "pairrm_objective.hpp"
 #include "reward_objective.hpp"
 #include "selm/base/error.hpp"
 #include "selm/base/log.hpp"
@@ -59,7 +60,7 @@ SelmObjectiveParts make_objective(const TrainOptions& options, Communicator& com
     if (options.objective == "selm")
         return make_selm_objective(options, comm);
     SelmObjectiveParts parts;
-    parts.objective = make_reward_objective(options, comm);
+    parts.objective = options.objective == "pairrm" ? make_pairrm_objective(options, comm) : make_reward_objective(options, comm);
     parts.learning_rate = options.learning_rate.front();
     return parts;
 }

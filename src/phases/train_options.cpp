@@ -35,11 +35,11 @@ void TrainOptions::describe(OptionVisitor& visitor)
     common.describe(visitor);
     encoding.describe(visitor);
     visitor.option("train", "iter", iter, "iter.h5 with /pairs and log-probs (objective selm)", operational);
-    visitor.option("train", "data", data, "prefs.h5 (objective bradley-terry)", operational);
+    visitor.option("train", "data", data, "prefs.h5 (objectives bradley-terry and pairrm)", operational);
     visitor.option("train", "rows", rows, "rows A:B of --data (0-based, B excluded); empty: all", recipe);
     visitor.option("train", "policy", policy, "Hugging Face model directory to start from", operational);
     visitor.option("train", "output", output, "model directory to write", operational);
-    visitor.option("train", "objective", objective, "selm|bradley-terry", recipe);
+    visitor.option("train", "objective", objective, "selm|bradley-terry|pairrm", recipe);
     visitor.option("train", "trainable", trainable, "all|head (head: bradley-terry only, on the frozen decoder)",
                    recipe);
     visitor.option("train", "reference", reference, "which log-probs are the reference's: group under /logprobs",
@@ -75,15 +75,13 @@ void TrainOptions::validate() const
 {
     common.validate();
     encoding.validate();
-    const bool reward = objective == "bradley-terry";
-    SELM_VALIDATE(objective != "pairrm", ExitCode::configuration,
-                  "--objective pairrm is not built in this version. Use selm or bradley-terry");
+    const bool reward = objective == "bradley-terry" || objective == "pairrm"; // a ranker, from preference rows
     SELM_VALIDATE(reward || objective == "selm", ExitCode::usage,
-                  "--objective " << objective << " is not known. Use one of selm|bradley-terry");
+                  "--objective " << objective << " is not known. Use one of selm|bradley-terry|pairrm");
     SELM_VALIDATE(trainable == "all" || trainable == "head", ExitCode::usage,
                   "--trainable " << trainable << " is not known. Use one of all|head");
-    SELM_VALIDATE(reward || trainable == "all", ExitCode::usage,
-                  "--trainable head is for --objective bradley-terry (a policy has no score head). Use all");
+    SELM_VALIDATE(objective == "bradley-terry" || trainable == "all", ExitCode::usage,
+                  "--trainable head is for --objective bradley-terry (only there the decoder's outputs are kept). Use all");
     SELM_VALIDATE(reward || !iter.empty(), ExitCode::usage,
                   "--iter is missing (there are no rows). Pass --iter iter.h5");
     SELM_VALIDATE(!reward || !data.empty(), ExitCode::usage,
@@ -118,8 +116,9 @@ void TrainOptions::validate() const
                   "--resume " << resume << " is not known. Use one of auto|never");
     SELM_VALIDATE(common.device == "cpu", ExitCode::configuration,
                   "--device " << common.device << " is not built for training in this version. Use --device cpu");
-    SELM_VALIDATE(encoding.encoding == "chat", ExitCode::configuration,
-                  "--encoding " << encoding.encoding << " is not built in this version. Use --encoding chat");
+    SELM_VALIDATE(!reward || encoding.encoding == "chat", ExitCode::usage,
+                  "--encoding " << encoding.encoding
+                                << " is for policies (rankers have an encoding of their own). Use --encoding chat");
 }
 
 } // namespace selm

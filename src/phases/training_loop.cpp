@@ -99,6 +99,7 @@ std::vector<std::int64_t> TrainingLoop::batch_rows(std::int64_t epoch, std::int6
         order_ = epoch_order(objective_.rows(), static_cast<std::uint64_t>(options_.common.seed), iteration_, epoch,
                              options_.shuffle);
         order_epoch_ = epoch;
+        objective_.start_epoch(epoch);
     }
     const std::int64_t begin = epoch_step * options_.global_batch;
     const std::int64_t end = std::min(begin + options_.global_batch, objective_.rows());

@@ -92,6 +92,8 @@ class TrainingObjective {
     virtual void initialise(const FlatBuffers& flat, ShardInfo shard, std::span<float> master) const = 0;
     /// flat.compute has new values; the first call comes before any accumulate().
     virtual void refresh(FlatBuffers& flat) = 0;
+    /// The rows of accumulate() belong to this epoch (from 0) from now on.
+    virtual void start_epoch(std::int64_t) {}
     /// Adds scale * d(sum of the rows' losses) to flat.gradient, and the rows' figures to `sums`; rows whose loss is
     /// not finite go to `bad_rows`.
     virtual void accumulate(std::span<const std::int64_t> rows, double scale, FlatBuffers& flat, StepSums& sums,

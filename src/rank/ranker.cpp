@@ -45,12 +45,10 @@ RankerSpec RankerSpec::parse(const std::string& word)
 {
     const auto colon = word.find(':');
     SELM_VALIDATE(colon != std::string::npos && colon + 1 < word.size(), ExitCode::usage,
-                  "--ranker " << word << " is not KIND:PATH. Use file:F.jsonl or reward:DIR");
+                  "--ranker " << word << " is not KIND:PATH. Use pairrm:DIR, reward:DIR or file:F.jsonl");
     RankerSpec spec{word.substr(0, colon), word.substr(colon + 1)};
-    SELM_VALIDATE(spec.kind != "pairrm", ExitCode::configuration,
-                  "--ranker " << word << ": PairRM is not in this build. Use reward:DIR or file:F.jsonl");
-    SELM_VALIDATE(spec.kind == "file" || spec.kind == "reward", ExitCode::usage,
-                  "--ranker " << word << ": unknown kind '" << spec.kind << "'. Use file:F.jsonl or reward:DIR");
+    SELM_VALIDATE(spec.kind == "pairrm" || spec.kind == "reward" || spec.kind == "file", ExitCode::usage,
+                  "--ranker " << word << ": unknown kind '" << spec.kind << "'. Use pairrm:DIR, reward:DIR or file:F.jsonl");
     return spec;
 }
 

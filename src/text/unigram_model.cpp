@@ -32,7 +32,9 @@ void UnigramModel::build(const std::vector<UnigramPiece>& pieces)
 {
     std::vector<std::int32_t> order(pieces.size());
     std::iota(order.begin(), order.end(), 0);
-    const auto text = [&](std::size_t i) -> const std::string& { return pieces[static_cast<std::size_t>(order[i])].text; };
+    const auto text = [&](std::size_t i) -> const std::string& {
+        return pieces[static_cast<std::size_t>(order[i])].text;
+    };
     std::stable_sort(order.begin(), order.end(), [&](std::int32_t a, std::int32_t b) {
         return pieces[static_cast<std::size_t>(a)].text < pieces[static_cast<std::size_t>(b)].text;
     });

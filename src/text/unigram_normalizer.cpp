@@ -14,8 +14,8 @@ namespace {
 
 bool is_white_space(char32_t c)
 {
-    return (c >= 0x09 && c <= 0x0D) || c == 0x20 || c == 0x85 || c == 0xA0 || c == 0x1680 || (c >= 0x2000 && c <= 0x200A) ||
-           c == 0x2028 || c == 0x2029 || c == 0x202F || c == 0x205F || c == 0x3000;
+    return (c >= 0x09 && c <= 0x0D) || c == 0x20 || c == 0x85 || c == 0xA0 || c == 0x1680 ||
+           (c >= 0x2000 && c <= 0x200A) || c == 0x2028 || c == 0x2029 || c == 0x202F || c == 0x205F || c == 0x3000;
 }
 
 class StripNormalizer final : public UnigramNormalizer {
@@ -41,7 +41,9 @@ class StripNormalizer final : public UnigramNormalizer {
 
 class ReplaceNormalizer final : public UnigramNormalizer {
   public:
-    ReplaceNormalizer(Regex pattern, std::string content) : pattern_(std::move(pattern)), content_(std::move(content)) {}
+    ReplaceNormalizer(Regex pattern, std::string content) : pattern_(std::move(pattern)), content_(std::move(content))
+    {
+    }
     void apply(std::string& text, MatchScratch& scratch) const override
     {
         std::string out;
@@ -107,8 +109,10 @@ class CharsmapNormalizer final : public UnigramNormalizer {
         const bool has_size = table.size() >= sizeof bytes;
         if (has_size)
             std::memcpy(&bytes, table.data(), sizeof bytes);
-        SELM_VALIDATE(has_size && bytes > 0 && bytes % sizeof(std::uint32_t) == 0 && bytes <= table.size() - sizeof bytes,
-                      ExitCode::configuration, "its table of characters is malformed (precompiled_charsmap of " << table.size() << " bytes)");
+        SELM_VALIDATE(has_size && bytes > 0 && bytes % sizeof(std::uint32_t) == 0 &&
+                          bytes <= table.size() - sizeof bytes,
+                      ExitCode::configuration,
+                      "its table of characters is malformed (precompiled_charsmap of " << table.size() << " bytes)");
         units_.resize(bytes / sizeof(std::uint32_t));
         std::memcpy(units_.data(), table.data() + sizeof bytes, bytes);
         replacements_ = table.substr(sizeof bytes + bytes);
@@ -142,10 +146,14 @@ class CharsmapNormalizer final : public UnigramNormalizer {
 
     // A unit of the double array (Darts-clone): bits 0-7 label, 8 has a leaf, 9 scale of the offset, 10-30 offset; of a
     // leaf bits 0-30 are the value.
-    static std::size_t offset(std::uint32_t unit) { return static_cast<std::size_t>(unit >> 10) << ((unit & (1U << 9)) >> 6); }
+    static std::size_t offset(std::uint32_t unit)
+    {
+        return static_cast<std::size_t>(unit >> 10) << ((unit & (1U << 9)) >> 6);
+    }
     std::uint32_t unit(std::size_t index) const
     {
-        SELM_VALIDATE(index < units_.size(), ExitCode::configuration, "the tokenizer's table of characters is damaged (precompiled_charsmap)");
+        SELM_VALIDATE(index < units_.size(), ExitCode::configuration,
+                      "the tokenizer's table of characters is damaged (precompiled_charsmap)");
         return units_[index];
     }
 

@@ -24,9 +24,9 @@ std::unique_ptr<UnigramNormalizer> make_strip_normalizer(bool left, bool right);
 std::unique_ptr<UnigramNormalizer> make_replace_normalizer(Regex pattern, std::string content);
 
 /**
- * @brief SentencePiece's table of characters ("precompiled charsmap"), applied as Hugging Face's `Precompiled`: to whole
- * grapheme clusters of less than six bytes, of which the shortest prefix in the table stands for the cluster, and to
- * single characters otherwise.
+ * @brief SentencePiece's table of characters ("precompiled charsmap"), applied as Hugging Face's `Precompiled`: to
+ * whole grapheme clusters of less than six bytes, of which the shortest prefix in the table stands for the cluster, and
+ * to single characters otherwise.
  * @param table little-endian: bytes of a double-array trie, the trie, then the replacements, each ended by NUL.
  * @throws Error configuration when the table is malformed.
  */

@@ -20,7 +20,8 @@ constexpr std::int64_t most_ids = 1 << 24; ///< guards memory against an absurd 
 
 Error unsupported(std::string_view what, std::string_view supported)
 {
-    return config_error(cat(what, " is not supported (the ids would differ from Hugging Face's). Supported: ", supported));
+    return config_error(
+        cat(what, " is not supported (the ids would differ from Hugging Face's). Supported: ", supported));
 }
 
 const Json& need(const Json& object, const char* key, std::string_view where)
@@ -109,7 +110,8 @@ void read_normalizer(const Json& component, int depth, std::vector<std::unique_p
         const Json& pattern = need(component, "pattern", "normalizer.");
         const bool regex = pattern.is_object() && pattern.contains("Regex");
         const std::string text = need_string(pattern, regex ? "Regex" : "String", "normalizer.pattern.");
-        out.push_back(make_replace_normalizer(Regex(regex ? text : escape_regex(text)), need_string(component, "content", "normalizer.")));
+        out.push_back(make_replace_normalizer(Regex(regex ? text : escape_regex(text)),
+                                              need_string(component, "content", "normalizer.")));
     } else {
         throw unsupported(cat("the normalizer ", type), "Strip, Precompiled, Replace and Sequence of these");
     }
@@ -125,8 +127,9 @@ void read_pre_tokenizer(const Json& component, int depth, UnigramParts& parts)
     if (need_string(component, "replacement", "pre_tokenizer.") != space_mark)
         throw unsupported("a Metaspace replacement other than U+2581", "U+2581");
     const bool prefix = flag(component, "add_prefix_space", true);
-    const std::string scheme = component.contains("prepend_scheme") ? need_string(component, "prepend_scheme", "pre_tokenizer.")
-                                                                     : (prefix ? "always" : "never");
+    const std::string scheme = component.contains("prepend_scheme")
+                                   ? need_string(component, "prepend_scheme", "pre_tokenizer.")
+                                   : (prefix ? "always" : "never");
     if (scheme != "always" && scheme != "never")
         throw unsupported(cat("the Metaspace prepend_scheme \"", scheme, "\""), "always, never");
     parts.prefix_space = scheme == "always";
@@ -158,11 +161,12 @@ std::vector<AddedToken> read_added_tokens(const Json& root)
 
 std::unique_ptr<UnigramModel> make_model(std::vector<UnigramPiece> pieces, std::int64_t unknown)
 {
-    SELM_VALIDATE(!pieces.empty() && unknown >= 0 && unknown < static_cast<std::int64_t>(pieces.size()), ExitCode::configuration,
+    SELM_VALIDATE(!pieces.empty() && unknown >= 0 && unknown < static_cast<std::int64_t>(pieces.size()),
+                  ExitCode::configuration,
                   "its unknown token (" << unknown << ") is none of its " << pieces.size() << " pieces");
     for (const UnigramPiece& piece : pieces)
-        SELM_VALIDATE(!piece.text.empty() && !find_invalid_utf8(piece.text) && std::isfinite(piece.score), ExitCode::configuration,
-                      "it holds a piece that is empty, no UTF-8 or has no finite score");
+        SELM_VALIDATE(!piece.text.empty() && !find_invalid_utf8(piece.text) && std::isfinite(piece.score),
+                      ExitCode::configuration, "it holds a piece that is empty, no UTF-8 or has no finite score");
     return std::make_unique<UnigramModel>(std::move(pieces), static_cast<std::int32_t>(unknown));
 }
 
@@ -192,8 +196,8 @@ class ProtobufFields {
     explicit ProtobufFields(std::string_view bytes) : rest_(bytes) {}
 
     std::uint32_t number = 0;
-    std::uint64_t value = 0;    ///< of a number (floats: their bits)
-    std::string_view content;   ///< of a text, bytes or message
+    std::uint64_t value = 0;  ///< of a number (floats: their bits)
+    std::string_view content; ///< of a text, bytes or message
 
     bool next()
     {
@@ -203,11 +207,20 @@ class ProtobufFields {
         number = static_cast<std::uint32_t>(key >> 3);
         content = {};
         switch (key & 7) {
-        case 0: value = varint(); break;
-        case 1: value = fixed(8); break;
-        case 2: content = take(varint()); break;
-        case 5: value = fixed(4); break;
-        default: throw malformed();
+        case 0:
+            value = varint();
+            break;
+        case 1:
+            value = fixed(8);
+            break;
+        case 2:
+            content = take(varint());
+            break;
+        case 5:
+            value = fixed(4);
+            break;
+        default:
+            throw malformed();
         }
         return true;
     }
@@ -285,7 +298,8 @@ struct SentencePieceModel {
                 type = fields.value;
         }
         if (type == control || type == user_defined)
-            added.push_back({.id = static_cast<std::int32_t>(pieces.size()), .content = piece.text, .special = type == control});
+            added.push_back(
+                {.id = static_cast<std::int32_t>(pieces.size()), .content = piece.text, .special = type == control});
         pieces.push_back(std::move(piece));
     }
     void read_trainer(std::string_view message)

@@ -16,7 +16,7 @@ struct UnigramParts {
     std::vector<AddedToken> added_tokens;
     std::vector<std::unique_ptr<UnigramNormalizer>> normalizers; ///< in order
     std::unique_ptr<UnigramModel> model;
-    bool prefix_space = true;   ///< Metaspace puts a space in front of every stretch of text
+    bool prefix_space = true; ///< Metaspace puts a space in front of every stretch of text
     bool split_at_spaces = true;
 };
 

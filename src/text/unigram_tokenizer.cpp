@@ -32,10 +32,13 @@ std::vector<text::AddedToken> tokens_where(const std::vector<text::AddedToken>& 
 void check_added_tokens(const text::UnigramParts& parts, const std::string& path)
 {
     for (const text::AddedToken& token : text::read_added_tokens_json(read_file(path))) {
-        const auto same = [&](const text::AddedToken& other) { return other.content == token.content && other.id == token.id; };
+        const auto same = [&](const text::AddedToken& other) {
+            return other.content == token.content && other.id == token.id;
+        };
         SELM_VALIDATE(std::any_of(parts.added_tokens.begin(), parts.added_tokens.end(), same), ExitCode::configuration,
                       path << " has the token \"" << token.content << "\" with id " << token.id
-                           << ", tokenizer.json beside it does not (they do not belong together). Use the files that came with the weights");
+                           << ", tokenizer.json beside it does not (they do not belong together). Use the files that "
+                              "came with the weights");
     }
 }
 
@@ -43,7 +46,8 @@ void check_added_tokens(const text::UnigramParts& parts, const std::string& path
 
 struct UnigramTokenizer::Data {
     explicit Data(text::UnigramParts given)
-        : parts(std::move(given)), plain_finder(tokens_where(parts.added_tokens, false)), normalized_finder(normalized_tokens())
+        : parts(std::move(given)), plain_finder(tokens_where(parts.added_tokens, false)),
+          normalized_finder(normalized_tokens())
     {
     }
 
@@ -93,7 +97,8 @@ UnigramTokenizer& UnigramTokenizer::operator=(UnigramTokenizer&&) noexcept = def
 
 UnigramTokenizer UnigramTokenizer::from_directory(const std::string& directory)
 {
-    const std::string json = directory + "/tokenizer.json", model = directory + "/spm.model", added = directory + "/added_tokens.json";
+    const std::string json = directory + "/tokenizer.json", model = directory + "/spm.model",
+                      added = directory + "/added_tokens.json";
     const bool has_added = std::filesystem::exists(added);
     text::UnigramParts parts;
     if (std::filesystem::exists(json)) {
@@ -102,7 +107,8 @@ UnigramTokenizer UnigramTokenizer::from_directory(const std::string& directory)
             with_context(directory, [&] { check_added_tokens(parts, added); });
     } else {
         SELM_VALIDATE(std::filesystem::exists(model), ExitCode::configuration,
-                      directory << " has neither tokenizer.json nor spm.model (its texts cannot be tokenised). Use a complete model directory");
+                      directory << " has neither tokenizer.json nor spm.model (its texts cannot be tokenised). Use a "
+                                   "complete model directory");
         const std::string tokens = has_added ? read_file(added) : std::string();
         parts = with_context(model, [&] { return text::read_sentencepiece_model(read_file(model), tokens); });
     }

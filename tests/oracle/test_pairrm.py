@@ -1,8 +1,10 @@
-"""PairRM against independent implementations: the tokenizer against transformers' conversion of the same SentencePiece model."""
+"""PairRM against independent implementations: the tokenizer against transformers' conversion of the same SentencePiece
+model; logits, scores and ranks against reference_pairrm.py (PyTorch on transformers' DebertaV2Model)."""
 
 import json
 import os
 import random
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -10,11 +12,15 @@ import pytest
 
 pytest.importorskip("sentencepiece")
 pytest.importorskip("google.protobuf")
-tokenizers = pytest.importorskip("tokenizers")
+np = pytest.importorskip("numpy")
+h5py = pytest.importorskip("h5py")
+torch = pytest.importorskip("torch")
 
 import pairrm_checkpoint as checkpoints  # noqa: E402 (imports what is checked above)
+import reference_pairrm  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(os.environ.get("SELM_BIN_DIR", ROOT / "build" / "release" / "bin"))
 TOOLS = Path(os.environ.get("SELM_TOOL_DIR", ROOT / "build" / "release" / "tests"))
 PIECES = 1200
 
@@ -67,3 +73,234 @@ def test_unigram_ids_equal_transformers(model, tmp_path, files, normalized):
     wrong = [(text, theirs, mine) for text, theirs, mine in zip(texts, expected, ours, strict=True) if theirs != mine]
     assert not wrong, wrong[0]
     assert sum(3 in ids for ids in ours) > 500  # unknown characters occur
+
+
+# --- ranking -----------------------------------------------------------------------------------------------------------
+
+SOURCE, CANDIDATE = 150, 60  # lengths at which some of these rows' texts are cut and others are not
+ROWS = 32
+
+
+def run(*command, expect=0, **more) -> str:
+    environment = {**os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMP_NUM_THREADS": "1",
+                   "OMPI_MCA_mpi_yield_when_idle": "1"}
+    result = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=600, env=environment, **more)
+    assert result.returncode == expect, result.stderr
+    return result.stdout + result.stderr
+
+
+def mpirun(ranks: int) -> list:
+    return [os.environ.get("SELM_MPIEXEC", "mpirun"), "--oversubscribe", "--bind-to", "none", "-np", str(ranks)]
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict]:
+    """Sample rows; generated answers that are empty, equal to others, 100 KB long or hold a literal token."""
+    source = checkpoints.sample_rows(0, ROWS)
+    found = []
+    for i, row in enumerate(source):
+        prompt, chosen, rejected = checkpoints.row_texts(row)
+        if i == 5:  # three equal candidates
+            row["rejected"][-1]["content"] = rejected = chosen
+        generated = ["", chosen, rejected[:300].strip(), "I would rather not say.", source[i - 1]["chosen"][-1]["content"],
+                     "so [SEP] be it", "中文 \u2022 " * 9, rejected][i % 8]
+        if i == 5:
+            generated = chosen
+        if i == 9:
+            generated = "It is long. " * (100_000 // 12)
+        found.append(dict(id=row["prompt_id"], line=json.dumps(row), prompt=prompt, answers=[generated, chosen, rejected]))
+    return found
+
+
+@pytest.fixture(scope="module")
+def iteration(rows, tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("rows")
+    (directory / "rows.jsonl").write_text("".join(row["line"] + "\n" for row in rows), encoding="utf-8")
+    (directory / "answers.jsonl").write_text("".join(json.dumps({"prompt_id": row["id"], "response": row["answers"][0]}) + "\n"
+                                                     for row in rows), encoding="utf-8")
+    run(BIN / "selm_import", "--input", directory / "rows.jsonl", "--output", directory / "prefs.h5", "--on-empty-answer", "keep")
+    run(BIN / "selm_gen", "--data", directory / "prefs.h5", "--responses", directory / "answers.jsonl", "--output", directory / "iter.h5")
+    return directory / "iter.h5"
+
+
+def make_ranker(directory: Path, model: Path, layout: str):
+    tokenizer = checkpoints.make_ranker(directory, model=model, layout=layout, source=SOURCE, candidate=CANDIDATE, seed=7)
+    return reference_pairrm.PairRm(directory, tokenizer, SOURCE, CANDIDATE)
+
+
+def rank(iteration: Path, copy: Path, *rankers: str, ranks=1, expect=0, arguments=()) -> str:
+    shutil.copy(iteration, copy)
+    words = [word for ranker in rankers for word in ("--ranker", ranker)]
+    return run(*mpirun(ranks), BIN / "selm_rank", "--iter", copy, *words, "--progress", "off", *arguments, expect=expect)
+
+
+@pytest.mark.parametrize("mode, layout", [("per-row", "hf"), ("blender", "original")])
+def test_ranking_equals_reference(model, rows, iteration, tmp_path, mode, layout):
+    reference = make_ranker(tmp_path / "ranker", model, layout)
+    logits, scores, ranks, lengths = (part.numpy() if torch.is_tensor(part) else part for part in reference.rank(rows, mode))
+    assert max(lengths) == SOURCE + 2 * CANDIDATE and min(lengths) < SOURCE
+    assert np.abs(scores[:, 0] - scores[:, 1]).mean() > 0.05  # weights of zero would agree with anything
+
+    digests, files = set(), []
+    for np_ranks in (1, 2, 3, 4):
+        files.append(tmp_path / f"np{np_ranks}.h5")
+        rank(iteration, files[-1], f"pairrm:{tmp_path / 'ranker'}", ranks=np_ranks, arguments=("--rank-mode", mode))
+        digests.add(run(BIN / "selm_inspect", "--digest", files[-1]).split()[-1])
+    assert len(digests) == 1
+    assert "verified" in run(BIN / "selm_inspect", "--verify", files[0])
+
+    with h5py.File(files[0]) as file:
+        ours = {name: file[f"ranking/{name}"][:] for name in ("scores", "ranks", "rankers/pairrm/scores", "rankers/pairrm/logits")}
+        best, worst = file["pairs/best"][:], file["pairs/worst"][:]
+    difference = np.abs(ours["rankers/pairrm/logits"] - logits).max()
+    print(f"{mode}: largest difference of logits {difference:.1e}, logits from {logits.min():.2f} to {logits.max():.2f}")
+    assert difference < 1e-4
+    assert np.array_equal(ours["scores"], ours["rankers/pairrm/scores"])
+    assert np.abs(ours["scores"] - scores).max() < 2e-4
+    gaps = np.abs(scores[:, :, None] - scores[:, None, :]) + 10 * np.eye(3)
+    close = ((gaps > 0) & (gaps < 1e-4)).any((1, 2))  # exact ties are of candidates with equal tokens, and must be ties here
+    print(f"{mode}: {close.sum()} rows with scores closer than 1e-4")
+    assert close.sum() <= 2
+    assert np.array_equal(ours["ranks"][~close], ranks[~close])
+    assert np.array_equal(best[~close], ranks[~close].argmin(1)) and np.array_equal(worst[~close], ranks[~close].argmax(1))
+    assert list(ours["ranks"][5]) == [1, 1, 1] and (best[5], worst[5]) == (0, 0)  # three equal candidates
+
+
+def test_ensemble_is_the_mean_of_standardised_scores(model, rows, iteration, tmp_path):
+    for seed in (7, 8):
+        checkpoints.make_ranker(tmp_path / f"ranker{seed}", model=model, layout="hf", source=SOURCE, candidate=CANDIDATE, seed=seed)
+
+    rank(iteration, tmp_path / "both.h5", f"pairrm:{tmp_path / 'ranker7'}", f"pairrm:{tmp_path / 'ranker8'}", ranks=2)
+
+    with h5py.File(tmp_path / "both.h5") as file:
+        each = [file[f"ranking/rankers/{name}/scores"][:] for name in ("pairrm", "pairrm_2")]
+        assert not np.array_equal(file["ranking/rankers/pairrm/logits"][:], file["ranking/rankers/pairrm_2/logits"][:])
+        mean = file["ranking/scores"][:]
+    expected = sum((scores - scores.mean()) / scores.std() for scores in each) / 2
+    assert np.abs(mean - expected).max() < 1e-9
+
+
+def test_held_out_answers_are_compared_with_the_data_sets(model, iteration, tmp_path):
+    checkpoints.make_ranker(tmp_path / "ranker", model=model, layout="hf", source=SOURCE, candidate=CANDIDATE, seed=7)
+    rank(iteration, tmp_path / "all.h5", f"pairrm:{tmp_path / 'ranker'}")
+    rank(iteration, tmp_path / "held.h5", f"pairrm:{tmp_path / 'ranker'}", arguments=("--generated-only", "on"))
+
+    assert "verified" in run(BIN / "selm_inspect", "--verify", tmp_path / "held.h5")
+    with h5py.File(tmp_path / "all.h5") as every, h5py.File(tmp_path / "held.h5") as held:
+        assert np.array_equal(held["ranking/scores"][:, 0], every["ranking/scores"][:, 0])
+        assert np.isnan(held["ranking/scores"][:, 1:]).all()
+
+
+def test_directories_that_are_no_pairrm_are_refused(model, iteration, tmp_path):
+    tokenizer = checkpoints.make_ranker(tmp_path / "good", model=model, layout="hf", source=SOURCE, candidate=CANDIDATE, seed=7)
+    weights = checkpoints.make_weights(checkpoints.len_of(tokenizer), 7)
+
+    def refused(change, code: int, *words: str) -> None:
+        directory = tmp_path / "bad"
+        shutil.rmtree(directory, ignore_errors=True)
+        shutil.copytree(tmp_path / "good", directory)
+        change(directory)
+        message = rank(iteration, tmp_path / "copy.h5", f"pairrm:{directory}", ranks=2, expect=code)
+        assert message.count("error") == 1 and all(word in message for word in words), message
+
+    def headless(directory):
+        checkpoints.save_weights(directory, {name: value for name, value in weights.items() if not name.startswith("head")})
+
+    def without_token(directory):
+        data = json.loads((directory / "tokenizer.json").read_text())
+        data["added_tokens"] = [token for token in data["added_tokens"] if token["content"] != "<|candidate2|>"]
+        (directory / "tokenizer.json").write_text(json.dumps(data))
+        (directory / "added_tokens.json").unlink()
+
+    def smaller_vocabulary(directory):
+        name = "pretrained_model.embeddings.word_embeddings.weight"
+        checkpoints.save_weights(directory, weights | {name: weights[name][:-2].contiguous()})
+        config = json.loads((directory / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] - 2}))
+
+    def not_finite(directory):
+        name = "pretrained_model.encoder.layer.1.output.dense.bias"
+        checkpoints.save_weights(directory, weights | {name: weights[name] * float("nan")})
+
+    def reward_model(directory):
+        (directory / "config.json").write_text(json.dumps({"architectures": ["LlamaForSequenceClassification"], "model_type": "llama",
+                                                           "hidden_size": 128, "num_hidden_layers": 2}))
+
+    refused(headless, 78, "no PairRM", "head")
+    refused(without_token, 78, "<|candidate2|>")
+    refused(smaller_vocabulary, 78, "do not belong together")
+    refused(not_finite, 65, "non-finite", "row")
+    refused(reward_model, 78, "model_type", "llama")
+    refused(lambda directory: (directory / "model.safetensors").unlink(), 78, "model.safetensors")
+    refused(lambda directory: (directory / "tokenizer.json").unlink() or (directory / "spm.model").unlink(), 78, "tokenizer.json")
+
+
+def test_blender_mode_is_for_pairwise_rankers(iteration, tmp_path):
+    message = rank(iteration, tmp_path / "copy.h5", f"file:{tmp_path}", expect=64, arguments=("--rank-mode", "blender"))
+    assert "pairrm" in message
+
+
+# --- training ----------------------------------------------------------------------------------------------------------
+
+SEED, BATCH, RATE = 42, 4, 1e-3
+
+
+def train(prefs: Path, start: Path, output: Path, *arguments, rate=RATE, ranks=1, expect=0) -> str:
+    return run(*mpirun(ranks), BIN / "selm_train", "--objective", "pairrm", "--data", prefs, "--policy", start, "--output", output, "--dtype", "fp32",
+               "--save-dtype", "fp32", "--schedule", "constant", "--warmup-ratio", "0", "--shuffle", "off", "--global-batch", BATCH, "--progress", "off",
+               "--learning-rate", rate, "--tokens-per-microbatch", 600, *arguments, expect=expect)
+
+
+def test_training_equals_pytorch(model, rows, iteration, tmp_path):
+    prefs = iteration.parent / "prefs.h5"
+    tokenizer = checkpoints.make_ranker(tmp_path / "whole", model=model, layout="hf", source=SOURCE, candidate=CANDIDATE, seed=9)
+    weights = checkpoints.make_weights(checkpoints.len_of(tokenizer), 9)
+    headless = tmp_path / "headless"
+    shutil.copytree(tmp_path / "whole", headless)
+    checkpoints.save_weights(headless, {name: value for name, value in weights.items() if not name.startswith("head")})
+
+    # A head that is not there starts at random; with a learning rate of 0 it is what is saved, beside the unchanged encoder.
+    train(prefs, headless, tmp_path / "start", "--rows", "0:4", rate=0)
+    from safetensors.torch import load_file
+    start = load_file(tmp_path / "start" / "model.safetensors")
+    assert set(start) == set(weights)
+    assert all(torch.equal(value, start[name]) for name, value in weights.items() if not name.startswith("head"))
+    assert 0.015 < start["head_layer.1.weight"].std() < 0.025 and not start["head_layer.1.bias"].any()
+
+    first, last, epochs = 2, 10, 2
+    arguments = ("--rows", f"{first}:{last}", "--epochs", epochs)
+    train(prefs, tmp_path / "start", tmp_path / "trained", *arguments, "--max-steps", "1", ranks=2, expect=75)
+    with h5py.File(tmp_path / "trained" / "checkpoints" / "step-000001.h5") as file:
+        found = {name: file[f"parameters/{name}/exp_avg"][:] / (1 - 0.9) for name in start}
+
+    reference = reference_pairrm.PairRm(tmp_path / "start", tokenizer, SOURCE, CANDIDATE)
+    optimizer = torch.optim.AdamW(reference.parameters().values(), lr=RATE, betas=(0.9, 0.999), eps=1e-8, weight_decay=0)
+    losses = []
+    for epoch in range(epochs):
+        for begin in range(first, last, BATCH):
+            optimizer.zero_grad()
+            loss = reference_pairrm.training_loss(reference, {i: rows[i] for i in range(begin, begin + BATCH)}, SEED, epoch)
+            loss.backward()
+            if not losses:
+                expected = {name: value.grad.numpy().copy() for name, value in reference.parameters().items()}
+            losses.append(loss.item())
+            optimizer.step()
+
+    assert set(found) == set(expected)
+    worst = max((np.abs(found[name].reshape(expected[name].shape) - expected[name]).max() / np.abs(expected[name]).max(), name)
+                for name in found if np.abs(expected[name]).max() > 1e-9)
+    print(f"largest difference of a gradient, of the tensor's largest: {worst[0]:.1e} in {worst[1]}")
+    assert worst[0] < 1e-3
+    sides = {reference_pairrm.chosen_is_left(SEED, epoch, row) for epoch in range(epochs) for row in range(first, last)}
+    assert sides == {True, False}
+
+    train(prefs, tmp_path / "start", tmp_path / "trained", *arguments, ranks=3)  # goes on from the checkpoint
+    metrics = [json.loads(line) for line in (tmp_path / "trained" / "metrics.jsonl").read_text().splitlines()]
+    print("losses", [line["loss"] for line in metrics], "PyTorch", losses)
+    assert len(metrics) == len(losses) and np.abs(np.array([line["loss"] for line in metrics]) - losses).max() < 2e-3
+    assert max(losses) - min(losses) > 0.02  # the weights move
+    trained = reference_pairrm.PairRm(tmp_path / "trained", tokenizer, SOURCE, CANDIDATE)  # the originals' layout: loads strictly
+    logits, scores, _, _ = trained.rank(rows, "per-row")
+    rank(iteration, tmp_path / "ranked.h5", f"pairrm:{tmp_path / 'trained'}")
+    with h5py.File(tmp_path / "ranked.h5") as file:
+        assert np.abs(file["ranking/rankers/pairrm/logits"][:] - logits.numpy()).max() < 1e-4

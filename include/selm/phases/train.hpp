@@ -15,11 +15,11 @@ struct TrainOptions {
     CommonOptions common;
     EncodingOptions encoding;
     std::string iter;                      ///< iter.h5 with /pairs and /logprobs/reference (objective selm)
-    std::string data;                      ///< prefs.h5 (objective bradley-terry)
+    std::string data;                      ///< prefs.h5 (objectives bradley-terry and pairrm)
     std::string rows;                      ///< A:B, rows of `data`; empty: all
     std::string policy;                    ///< model directory to start from
     std::string output;                    ///< model directory to write
-    std::string objective = "selm";        ///< selm | bradley-terry
+    std::string objective = "selm";        ///< selm | bradley-terry | pairrm
     std::string trainable = "all";         ///< all | head (bradley-terry only)
     std::string reference = "reference";   ///< /logprobs/NAME
     std::vector<double> alpha = {0.001};   ///< by iteration (last value repeats)

@@ -10,15 +10,15 @@
 namespace selm {
 
 /**
- * @brief The tokenizer of a DeBERTa-v2/v3 directory: a SentencePiece unigram model (Kudo 2018) with the rules of Hugging
- * Face's fast tokenizer, without the [CLS] and [SEP] that its post-processor would add.
+ * @brief The tokenizer of a DeBERTa-v2/v3 directory: a SentencePiece unigram model (Kudo 2018) with the rules of
+ * Hugging Face's fast tokenizer, without the [CLS] and [SEP] that its post-processor would add.
  *
- * Read from tokenizer.json where there is one, else from spm.model and added_tokens.json. Text is split at added tokens;
- * the rest is stripped, mapped by the model's character table, runs of spaces become one, every space becomes U+2581 with
- * one in front, and each word is cut by Viterbi search. A character that no piece holds gives the unknown token, also
- * where the SentencePiece model would fall back to bytes; neighbours are one token. Of normalisers Strip, Precompiled and
- * Replace are supported, of pre-tokenizers Metaspace: another component (a lower-casing tokenizer, say) is refused by
- * name. Const members may be called from several threads at once.
+ * Read from tokenizer.json where there is one, else from spm.model and added_tokens.json. Text is split at added
+ * tokens; the rest is stripped, mapped by the model's character table, runs of spaces become one, every space becomes
+ * U+2581 with one in front, and each word is cut by Viterbi search. A character that no piece holds gives the unknown
+ * token, also where the SentencePiece model would fall back to bytes; neighbours are one token. Of normalisers Strip,
+ * Precompiled and Replace are supported, of pre-tokenizers Metaspace: another component (a lower-casing tokenizer, say)
+ * is refused by name. Const members may be called from several threads at once.
  */
 class UnigramTokenizer {
   public:

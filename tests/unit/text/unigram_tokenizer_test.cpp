@@ -63,10 +63,10 @@ TEST_F(Unigram, BestSumOfScoresWins)
 {
     const UnigramTokenizer tokenizer = read(tokenizer_json());
 
-    EXPECT_EQ(tokenizer.encode("ab"), (Ids{6}));          // -4.5 against -2-6, -4-3
-    EXPECT_EQ(tokenizer.encode("aba"), (Ids{6, 2}));      // -7.5 against -4-5
-    EXPECT_EQ(tokenizer.encode("bab"), (Ids{1, 3, 4}));   // of cuts with the same sum the one whose last piece is longest
-    EXPECT_EQ(tokenizer.encode("a  b"), (Ids{5, 1, 3}));  // one space, which begins a word
+    EXPECT_EQ(tokenizer.encode("ab"), (Ids{6}));        // -4.5 against -2-6, -4-3
+    EXPECT_EQ(tokenizer.encode("aba"), (Ids{6, 2}));    // -7.5 against -4-5
+    EXPECT_EQ(tokenizer.encode("bab"), (Ids{1, 3, 4})); // of cuts with the same sum the one whose last piece is longest
+    EXPECT_EQ(tokenizer.encode("a  b"), (Ids{5, 1, 3})); // one space, which begins a word
     EXPECT_EQ(tokenizer.encode(""), Ids{});
     EXPECT_EQ(tokenizer.encode("   "), Ids{});
 }
@@ -85,8 +85,8 @@ TEST_F(Unigram, AddedTokensCutTheText)
     const UnigramTokenizer tokenizer = read(tokenizer_json());
 
     EXPECT_EQ(tokenizer.encode("<s>a<s>"), (Ids{8, 5, 8}));
-    EXPECT_EQ(tokenizer.encode("  a  <s>"), (Ids{5, 8}));        // the stretch before it is stripped on its own
-    EXPECT_EQ(tokenizer.encode("a  <mark>"), (Ids{5, 1, 9}));    // found in the normalised text: a space stays before it
+    EXPECT_EQ(tokenizer.encode("  a  <s>"), (Ids{5, 8}));     // the stretch before it is stripped on its own
+    EXPECT_EQ(tokenizer.encode("a  <mark>"), (Ids{5, 1, 9})); // found in the normalised text: a space stays before it
     EXPECT_EQ(tokenizer.token_id("<mark>"), 9);
     EXPECT_EQ(tokenizer.token_id("ab"), 4);
     EXPECT_FALSE(tokenizer.token_id("abc"));
@@ -129,7 +129,9 @@ TEST_F(Unigram, FilesThatDisagreeAreRefused)
 
 TEST_F(Unigram, MissingAndDamagedModelsAreNamed)
 {
-    const auto load = [&] { return message_of(ExitCode::configuration, [&] { UnigramTokenizer::from_directory(directory_.path(".")); }); };
+    const auto load = [&] {
+        return message_of(ExitCode::configuration, [&] { UnigramTokenizer::from_directory(directory_.path(".")); });
+    };
     EXPECT_NE(load().find("neither tokenizer.json nor spm.model"), std::string::npos);
 
     directory_.write("spm.model", "{\"a\": 1}");
@@ -142,7 +144,8 @@ TEST_F(Unigram, MissingAndDamagedModelsAreNamed)
     EXPECT_NE(load().find("no UTF-8"), std::string::npos);
 
     directory_.write("spm.model", std::string("\x0a\x03\x0a\x01"
-                                              "a\x12\x02\x18\x02", 9)); // piece "a"; a BPE model
+                                              "a\x12\x02\x18\x02",
+                                              9)); // piece "a"; a BPE model
     EXPECT_NE(load().find("type 2"), std::string::npos);
 }
 
@@ -154,8 +157,9 @@ TEST_F(Unigram, SentencePieceModelsAreReadDirectly)
         message += std::string("\x18") + type;
         return "\x0a" + std::string(1, static_cast<char>(message.size())) + message;
     };
-    directory_.write("spm.model", piece("[CLS]", 0, 3) + piece("[UNK]", 0, 2) + piece("\u2581", -2, 1) + piece("a", -3, 1) +
-                                      piece("<0x41>", 0, 6) + std::string("\x12\x03\xc0\x02\x01", 5)); // unk_id = 1
+    directory_.write("spm.model", piece("[CLS]", 0, 3) + piece("[UNK]", 0, 2) + piece("\u2581", -2, 1) +
+                                      piece("a", -3, 1) + piece("<0x41>", 0, 6) +
+                                      std::string("\x12\x03\xc0\x02\x01", 5)); // unk_id = 1
     directory_.write("added_tokens.json", R"({"<mark>": 5})");
     const UnigramTokenizer tokenizer = UnigramTokenizer::from_directory(directory_.path("."));
 

@@ -1,0 +1,258 @@
+#include "pairrm_objective.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <filesystem>
+#include <optional>
+#include <utility>
+
+#include "reward_objective.hpp"
+#include "selm/algo/losses.hpp"
+#include "selm/base/error.hpp"
+#include "selm/base/rng.hpp"
+#include "selm/comm/agree.hpp"
+#include "selm/data/preferences.hpp"
+#include "selm/model/pair_model.hpp"
+#include "selm/phases/shared_model.hpp"
+#include "selm/rank/pairrm_inputs.hpp"
+#include "selm_objective.hpp"
+#include "shared_pair_model.hpp"
+
+namespace selm {
+
+namespace {
+
+using nlohmann::ordered_json;
+
+constexpr std::uint32_t order_stream = 4, head_stream = 3; // purposes of random streams
+constexpr auto chosen = static_cast<std::size_t>(Candidate::chosen);
+constexpr auto rejected = static_cast<std::size_t>(Candidate::rejected);
+
+/// Files of a ranker's directory besides its weights.
+constexpr const char* ranker_files[] = {
+    "config.json", "ranker_config.json", "tokenizer.json",         "tokenizer_config.json",
+    "spm.model",   "added_tokens.json",  "special_tokens_map.json"};
+
+class PairRmObjective final : public TrainingObjective {
+  public:
+    PairRmObjective(const TrainOptions& options, std::unique_ptr<PreferencesReader> prefs, std::string model_digest,
+                    std::string data_digest)
+        : options_(options), prefs_(std::move(prefs)), range_(RowRange::parse(options.rows, prefs_->rows())),
+          model_digest_(std::move(model_digest)), data_digest_(std::move(data_digest)),
+          config_(DebertaConfig::from_directory(options.policy)), reader_(options.policy),
+          tokenizer_(UnigramTokenizer::from_directory(options.policy)),
+          encoder_(tokenizer_, PairTokens::of(tokenizer_, config_, options.policy),
+                   PairLimits::from_directory(options.policy), PairRankMode::per_row),
+          engine_(make_engine({.engine = options.common.engine,
+                               .device = Device::cpu,
+                               .threads = static_cast<int>(options.common.threads)}))
+    {
+        SELM_VALIDATE(rows() > 0, ExitCode::bad_data,
+                      options.data << " has no rows there (there is nothing to train on). Check --rows");
+        check_vocabulary(options.policy, tokenizer_.vocabulary_size(), config_.vocabulary);
+    }
+
+    std::int64_t rows() const override { return range_.end - range_.begin; }
+    std::int64_t cost(std::int64_t row) const override { return costs_[static_cast<std::size_t>(row)]; }
+    std::string row_name(std::int64_t row) const override
+    {
+        return cat(range_.begin + row, " (prompt_id \"", prefs_->id(range_.begin + row), "\")");
+    }
+    std::vector<ParameterSpec> parameters() const override { return pair_parameters(config_); }
+    CheckpointBinding binding() const override
+    {
+        return {
+            {"policy", model_digest_}, {"preference data", data_digest_}, {"rows", cat(range_.begin, ":", range_.end)}};
+    }
+    void start_epoch(std::int64_t epoch) override { epoch_ = epoch; }
+
+    void initialise(const FlatBuffers& flat, ShardInfo shard, std::span<float> master) const override
+    {
+        std::vector<float> values;
+        for (std::size_t i = 0; i < flat.parameters.size(); ++i) {
+            const ParameterSpec& spec = flat.parameters[i];
+            const auto size = static_cast<std::size_t>(spec.elements());
+            const std::size_t begin = std::max(shard.offset, flat.layout.offset(i));
+            const std::size_t end = std::min(shard.offset + shard.size, flat.layout.offset(i) + size);
+            if (begin >= end)
+                continue;
+            const auto out = master.subspan(begin - shard.offset, end - begin);
+            const auto first = begin - flat.layout.offset(i);
+            if (has_pair_parameter(reader_, spec)) {
+                read_pair_parameter(reader_, spec, static_cast<std::int64_t>(first), out);
+                continue;
+            }
+            values = new_parameter(static_cast<std::int64_t>(i), size);
+            std::copy_n(values.begin() + static_cast<std::ptrdiff_t>(first), out.size(), out.begin());
+        }
+    }
+
+    void refresh(FlatBuffers& flat) override
+    {
+        if (weights_) {
+            weights_->refresh();
+            return;
+        }
+        std::vector<Tensor> parameters;
+        for (std::size_t i = 0; i < flat.parameters.size(); ++i)
+            parameters.push_back(flat.view(flat.compute, i));
+        weights_ = std::make_unique<PairWeights>(
+            config_, *engine_, std::move(parameters),
+            PairWeights::Options{.dtype = parse_dtype(options_.common.dtype), .with_backward = true});
+        model_ = std::make_unique<PairModel>(config_, *engine_, *weights_);
+        sink_ = std::make_unique<FlatSink>(flat);
+    }
+
+    void accumulate(std::span<const std::int64_t> rows, double scale, FlatBuffers&, StepSums& sums,
+                    std::vector<std::int64_t>& bad_rows) override
+    {
+        std::vector<PairInput> inputs;
+        std::vector<double> signs;
+        for (const std::int64_t row : rows) {
+            const PairEncoder::Row parts = encode(row);
+            const bool left =
+                chosen_is_left(static_cast<std::uint64_t>(options_.common.seed), epoch_, range_.begin + row);
+            signs.push_back(left ? 1 : -1);
+            inputs.push_back(encoder_.pair(parts.source, *parts.candidates[left ? chosen : rejected],
+                                           *parts.candidates[left ? rejected : chosen]));
+            sums[StepSums::tokens] += static_cast<double>(inputs.back().ids.size());
+        }
+        const auto pass = model_->forward_kept(inputs);
+        std::vector<float> slopes;
+        for (std::size_t i = 0; i < rows.size(); ++i) {
+            const double margin = signs[i] * static_cast<double>(pass->logits()[i]);
+            const BradleyTerryLoss loss = bradley_terry_loss(margin, 0);
+            if (!std::isfinite(loss.loss))
+                bad_rows.push_back(rows[i]);
+            slopes.push_back(static_cast<float>(scale * loss.d_best * signs[i]));
+            sums[StepSums::rows] += 1;
+            sums[StepSums::loss] += loss.loss;
+            sums[StepSums::margin] += margin;
+            sums[StepSums::accuracy] += margin > 0 ? 1 : 0;
+        }
+        model_->backward(*pass, slopes, *sink_);
+    }
+    std::int64_t engine_bytes() const override { return engine_->peak_allocated_bytes(); }
+    std::string engine_description() const override { return engine_->description(); }
+
+    ordered_json metrics(const StepSums& sums) const override
+    {
+        return {{"loss", sums.mean(StepSums::loss)},
+                {"rewards/accuracies", sums.mean(StepSums::accuracy)},
+                {"rewards/margins", sums.mean(StepSums::margin)}};
+    }
+
+    void write_model(const std::string& directory, const FlatBuffers& flat,
+                     std::span<const float> master) const override
+    {
+        for (const char* name : ranker_files) {
+            const std::filesystem::path from = std::filesystem::path(options_.policy) / name;
+            std::error_code error;
+            if (std::filesystem::exists(from))
+                std::filesystem::copy_file(from, std::filesystem::path(directory) / name,
+                                           std::filesystem::copy_options::overwrite_existing, error);
+            if (error)
+                throw io_error(cat("cannot copy ", from.string(), " to ", directory, ": ", error.message()));
+        }
+        write_pair_weights(
+            directory, config_,
+            [&](std::int64_t parameter, std::int64_t begin, std::span<float> out) {
+                const auto from = master.subspan(flat.layout.offset(static_cast<std::size_t>(parameter)) +
+                                                     static_cast<std::size_t>(begin),
+                                                 out.size());
+                std::copy(from.begin(), from.end(), out.begin());
+            },
+            parse_dtype(options_.save_dtype));
+    }
+
+    void set_costs(std::vector<std::int64_t> costs) { costs_ = std::move(costs); }
+    std::int64_t measure(std::int64_t row) const
+    {
+        const PairEncoder::Row parts = encode(row);
+        return static_cast<std::int64_t>(parts.source.size() + parts.candidates[chosen]->size() +
+                                         parts.candidates[rejected]->size());
+    }
+
+  private:
+    /// Gradients go straight into the flat buffer.
+    class FlatSink final : public GradientSink {
+      public:
+        explicit FlatSink(FlatBuffers& flat) : flat_(flat) {}
+        Tensor gradient(std::int64_t parameter) override
+        {
+            return flat_.view(flat_.gradient, static_cast<std::size_t>(parameter));
+        }
+        void ready(std::int64_t) override {} // the reduction starts when all microbatches are done
+
+      private:
+        FlatBuffers& flat_;
+    };
+
+    PairEncoder::Row encode(std::int64_t row) const
+    {
+        const PreferenceRow texts = prefs_->row(range_.begin + row);
+        const PairEncoder::Texts of_row{texts.prompt, {std::nullopt, texts.chosen, texts.rejected}};
+        return std::move(encoder_.encode(std::span(&of_row, 1)).front());
+    }
+
+    /// Start values of a head that the directory does not have: normal with deviation 0.02 (DeBERTa's
+    /// initializer_range), biases zero. @throws Error configuration when it is not the head that is missing.
+    std::vector<float> new_parameter(std::int64_t parameter, std::size_t elements) const
+    {
+        SELM_VALIDATE(parameter >= PairParameterIndex::head(config_), ExitCode::configuration,
+                      options_.policy << " has no tensor "
+                                      << pair_parameters(config_)[static_cast<std::size_t>(parameter)].name
+                                      << " (it is no whole DeBERTa). Pass a complete model directory");
+        std::vector<float> values(elements, 0.0F);
+        if (parameter != PairParameterIndex::head_hidden_weight(config_) &&
+            parameter != PairParameterIndex::head_output_weight(config_))
+            return values;
+        RandomStream stream(static_cast<std::uint64_t>(options_.common.seed), head_stream, 0,
+                            static_cast<std::uint64_t>(parameter));
+        for (float& value : values)
+            value = static_cast<float>(0.02 * stream.next_normal());
+        return values;
+    }
+
+    TrainOptions options_;
+    std::unique_ptr<PreferencesReader> prefs_;
+    RowRange range_;
+    std::string model_digest_, data_digest_;
+    DebertaConfig config_;
+    SafetensorsReader reader_;
+    UnigramTokenizer tokenizer_;
+    PairEncoder encoder_;
+    std::unique_ptr<Engine> engine_;
+    std::unique_ptr<PairWeights> weights_;
+    std::unique_ptr<PairModel> model_;
+    std::unique_ptr<GradientSink> sink_;
+    std::vector<std::int64_t> costs_;
+    std::int64_t epoch_ = 0;
+};
+
+} // namespace
+
+bool chosen_is_left(std::uint64_t seed, std::int64_t epoch, std::int64_t row)
+{
+    RandomStream stream(seed, order_stream, static_cast<std::uint64_t>(epoch), static_cast<std::uint64_t>(row));
+    return stream.next_below(2) == 0;
+}
+
+std::unique_ptr<TrainingObjective> make_pairrm_objective(const TrainOptions& options, Communicator& comm)
+{
+    std::unique_ptr<PreferencesReader> prefs;
+    agree(comm, "opening the rows", [&] { prefs = std::make_unique<PreferencesReader>(options.data); });
+    std::string data_digest = root_string(comm, "digest of the rows", [&] { return prefs->digest(); });
+    std::string model_digest =
+        root_string(comm, "digest of the start model", [&] { return pair_model_digest(options.policy); });
+    std::unique_ptr<PairRmObjective> objective;
+    agree(comm, "opening the start model", [&] {
+        objective = std::make_unique<PairRmObjective>(options, std::move(prefs), std::move(model_digest),
+                                                      std::move(data_digest));
+    });
+    objective->set_costs(
+        gather_costs(objective->rows(), comm, [&](std::int64_t row) { return objective->measure(row); }));
+    return objective;
+}
+
+} // namespace selm
