@@ -70,12 +70,6 @@ std::int64_t rows_of(const char* key, const std::string& file, const std::string
     return end - lines.begin;
 }
 
-bool has_weights(const std::string& directory)
-{
-    return std::filesystem::exists(directory + "/model.safetensors")
-        || std::filesystem::exists(directory + "/model.safetensors.index.json");
-}
-
 bool has_tokenizer(const std::string& directory)
 {
     return std::filesystem::exists(directory + "/tokenizer.json") || std::filesystem::exists(directory + "/tokenizer.model");
@@ -90,8 +84,8 @@ DecoderConfig check_policy(const IterateOptions& options)
     SELM_VALIDATE(!config.sequence_classifier, ExitCode::configuration,
                   directory << " is a reward model (it has no language-model head). Set policy to a causal language model");
     SELM_VALIDATE(encoding.max_length <= config.max_positions, ExitCode::configuration,
-                  "max-length " << encoding.max_length << " is beyond the context of " << directory << " (" << config.max_positions
-                                << " tokens). Lower it");
+                  "max-length " << encoding.max_length << " is beyond the context of " << directory << " (" << config.context()
+                                << "). Lower it");
     if (has_tokenizer(directory))
         RowEncoder(directory, encoding, config);
     else if (!encoding.chat_format.empty())

@@ -5,6 +5,7 @@
 
 #include "selm/base/error.hpp"
 #include "selm/model/decoder.hpp"
+#include "selm/model/pair_model.hpp"
 #include "selm/model/weights.hpp"
 #include "selm/rank/ranker.hpp"
 
@@ -46,6 +47,12 @@ std::int64_t training_panels(const DecoderConfig& config, const Engine& engine)
 
 } // namespace
 
+bool has_weights(const std::string& directory)
+{
+    return std::filesystem::exists(directory + "/model.safetensors")
+        || std::filesystem::exists(directory + "/model.safetensors.index.json");
+}
+
 std::int64_t PhaseMemory::rank_bytes() const
 {
     return sum(per_rank);
@@ -84,8 +91,14 @@ PhaseMemory rank_memory(const RankOptions& options, std::int64_t max_new_tokens,
         const RankerSpec spec = RankerSpec::parse(word);
         if (spec.kind == "file")
             continue;
-        if (spec.kind != "reward" || !std::filesystem::exists(spec.path + "/config.json")) {
+        if (!std::filesystem::exists(spec.path + "/config.json") || (spec.kind == "pairrm" && !has_weights(spec.path))) {
             memory.not_counted.push_back(word);
+            continue;
+        }
+        if (spec.kind == "pairrm") {
+            memory.per_node.emplace_back(
+                "weights of " + word, float_bytes * PairWeights::memory_elements(DebertaConfig::from_directory(spec.path), engine, false));
+            memory.not_counted.push_back("activations of " + word);
             continue;
         }
         const DecoderConfig config = DecoderConfig::from_directory(spec.path);

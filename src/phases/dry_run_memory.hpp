@@ -26,6 +26,9 @@ struct PhaseMemory {
     std::int64_t node_bytes(std::int64_t ranks_on_node) const;
 };
 
+/// Are a model's weights there, and not its shape alone?
+bool has_weights(const std::string& directory);
+
 /// Tokens that one pass computes at most: the budget, or a single row's prompt and three answers where they need more.
 std::int64_t most_tokens(std::int64_t budget, const EncodingOptions& encoding, std::int64_t max_new_tokens);
 
