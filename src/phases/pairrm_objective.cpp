@@ -2,10 +2,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <filesystem>
 #include <optional>
 #include <utility>
 
+#include "ranker_files.hpp"
 #include "reward_objective.hpp"
 #include "selm/algo/losses.hpp"
 #include "selm/base/error.hpp"
@@ -28,10 +28,13 @@ constexpr std::uint32_t order_stream = 4, head_stream = 3; // purposes of random
 constexpr auto chosen = static_cast<std::size_t>(Candidate::chosen);
 constexpr auto rejected = static_cast<std::size_t>(Candidate::rejected);
 
-/// Files of a ranker's directory besides its weights.
-constexpr const char* ranker_files[] = {
-    "config.json", "ranker_config.json", "tokenizer.json",         "tokenizer_config.json",
-    "spm.model",   "added_tokens.json",  "special_tokens_map.json"};
+/// The encoder of the start directory, with a vocabulary that has room for PairRM's tokens and nothing behind them, as
+/// LLM-Blender makes it.
+DebertaConfig ranker_config(DebertaConfig config, const UnigramTokenizer& tokenizer)
+{
+    config.vocabulary = tokenizer.vocabulary_size();
+    return config;
+}
 
 class PairRmObjective final : public TrainingObjective {
   public:
@@ -39,17 +42,19 @@ class PairRmObjective final : public TrainingObjective {
                     std::string data_digest)
         : options_(options), prefs_(std::move(prefs)), range_(RowRange::parse(options.rows, prefs_->rows())),
           model_digest_(std::move(model_digest)), data_digest_(std::move(data_digest)),
-          config_(DebertaConfig::from_directory(options.policy)), reader_(options.policy),
-          tokenizer_(UnigramTokenizer::from_directory(options.policy)),
-          encoder_(tokenizer_, PairTokens::of(tokenizer_, config_, options.policy),
-                   PairLimits::from_directory(options.policy), PairRankMode::per_row),
+          start_config_(DebertaConfig::from_directory(options.policy)), reader_(options.policy),
+          tokenizer_(UnigramTokenizer::from_directory(options.policy, pair_prefix_tokens)),
+          config_(ranker_config(start_config_, tokenizer_)),
+          tokens_(PairTokens::of(tokenizer_, config_, options.policy)),
+          encoder_(tokenizer_, tokens_, PairLimits::from_directory(options.policy), PairRankMode::per_row),
           engine_(make_engine({.engine = options.common.engine,
                                .device = Device::cpu,
                                .threads = static_cast<int>(options.common.threads)}))
     {
         SELM_VALIDATE(rows() > 0, ExitCode::bad_data,
                       options.data << " has no rows there (there is nothing to train on). Check --rows");
-        check_vocabulary(options.policy, tokenizer_.vocabulary_size(), config_.vocabulary);
+        const auto own = UnigramTokenizer::from_directory(options.policy).vocabulary_size();
+        check_vocabulary(options.policy, own, start_config_.vocabulary);
     }
 
     std::int64_t rows() const override { return range_.end - range_.begin; }
@@ -78,12 +83,15 @@ class PairRmObjective final : public TrainingObjective {
                 continue;
             const auto out = master.subspan(begin - shard.offset, end - begin);
             const auto first = begin - flat.layout.offset(i);
-            if (has_pair_parameter(reader_, spec)) {
-                read_pair_parameter(reader_, spec, static_cast<std::int64_t>(first), out);
+            const std::size_t stored = stored_elements(spec);
+            const std::size_t from_file = std::min(out.size(), stored > first ? stored - first : 0);
+            if (from_file > 0)
+                read_stored(spec, first, out.first(from_file));
+            if (from_file == out.size())
                 continue;
-            }
             values = new_parameter(static_cast<std::int64_t>(i), size);
-            std::copy_n(values.begin() + static_cast<std::ptrdiff_t>(first), out.size(), out.begin());
+            std::copy_n(values.begin() + static_cast<std::ptrdiff_t>(first + from_file), out.size() - from_file,
+                        out.begin() + static_cast<std::ptrdiff_t>(from_file));
         }
     }
 
@@ -145,15 +153,7 @@ class PairRmObjective final : public TrainingObjective {
     void write_model(const std::string& directory, const FlatBuffers& flat,
                      std::span<const float> master) const override
     {
-        for (const char* name : ranker_files) {
-            const std::filesystem::path from = std::filesystem::path(options_.policy) / name;
-            std::error_code error;
-            if (std::filesystem::exists(from))
-                std::filesystem::copy_file(from, std::filesystem::path(directory) / name,
-                                           std::filesystem::copy_options::overwrite_existing, error);
-            if (error)
-                throw io_error(cat("cannot copy ", from.string(), " to ", directory, ": ", error.message()));
-        }
+        write_ranker_files(options_.policy, directory, config_, tokens_, tokenizer_, parse_dtype(options_.save_dtype));
         write_pair_weights(
             directory, config_,
             [&](std::int64_t parameter, std::int64_t begin, std::span<float> out) {
@@ -195,17 +195,34 @@ class PairRmObjective final : public TrainingObjective {
         return std::move(encoder_.encode(std::span(&of_row, 1)).front());
     }
 
-    /// Start values of a head that the directory does not have: normal with deviation 0.02 (DeBERTa's
-    /// initializer_range), biases zero. @throws Error configuration when it is not the head that is missing.
+    static bool is_embedding(const ParameterSpec& spec) { return spec.name.ends_with("word_embeddings.weight"); }
+    /// How much of a parameter the directory has: all, nothing, or an embedding without rows for new tokens.
+    std::size_t stored_elements(const ParameterSpec& spec) const
+    {
+        if (!has_pair_parameter(reader_, spec))
+            return 0;
+        const std::int64_t rows = is_embedding(spec) ? std::min(spec.rows, start_config_.vocabulary) : spec.rows;
+        return static_cast<std::size_t>(rows * spec.columns);
+    }
+    void read_stored(ParameterSpec spec, std::size_t first, std::span<float> out) const
+    {
+        if (is_embedding(spec) && start_config_.vocabulary < spec.rows)
+            spec.rows = spec.parts[0].rows = spec.parts[0].shape[0] = start_config_.vocabulary;
+        read_pair_parameter(reader_, spec, static_cast<std::int64_t>(first), out);
+    }
+
+    /// Start values of what the directory does not have, a head or embeddings of new tokens: normal with deviation 0.02
+    /// (DeBERTa's initializer_range), biases zero. @throws Error configuration when another tensor is missing.
     std::vector<float> new_parameter(std::int64_t parameter, std::size_t elements) const
     {
-        SELM_VALIDATE(parameter >= PairParameterIndex::head(config_), ExitCode::configuration,
-                      options_.policy << " has no tensor "
-                                      << pair_parameters(config_)[static_cast<std::size_t>(parameter)].name
+        const ParameterSpec spec = pair_parameters(config_)[static_cast<std::size_t>(parameter)];
+        SELM_VALIDATE(parameter >= PairParameterIndex::head(config_) || has_pair_parameter(reader_, spec),
+                      ExitCode::configuration,
+                      options_.policy << " has no tensor " << spec.name
                                       << " (it is no whole DeBERTa). Pass a complete model directory");
         std::vector<float> values(elements, 0.0F);
-        if (parameter != PairParameterIndex::head_hidden_weight(config_) &&
-            parameter != PairParameterIndex::head_output_weight(config_))
+        if (parameter == PairParameterIndex::head_hidden_bias(config_) ||
+            parameter == PairParameterIndex::head_output_bias(config_))
             return values;
         RandomStream stream(static_cast<std::uint64_t>(options_.common.seed), head_stream, 0,
                             static_cast<std::uint64_t>(parameter));
@@ -218,9 +235,11 @@ class PairRmObjective final : public TrainingObjective {
     std::unique_ptr<PreferencesReader> prefs_;
     RowRange range_;
     std::string model_digest_, data_digest_;
-    DebertaConfig config_;
+    DebertaConfig start_config_; ///< of the start directory
     SafetensorsReader reader_;
     UnigramTokenizer tokenizer_;
+    DebertaConfig config_; ///< of what is trained
+    PairTokens tokens_;
     PairEncoder encoder_;
     std::unique_ptr<Engine> engine_;
     std::unique_ptr<PairWeights> weights_;

@@ -28,6 +28,9 @@ std::string without_separators(std::string_view text)
 
 } // namespace
 
+const std::vector<std::string> pair_prefix_tokens = {std::string(source_text), std::string(candidate1_text),
+                                                     std::string(candidate2_text), std::string(candidate_text)};
+
 PairRankMode parse_pair_rank_mode(const std::string& word)
 {
     if (word == "per-row")

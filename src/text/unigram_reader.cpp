@@ -16,6 +16,7 @@ namespace {
 using Json = nlohmann::json;
 
 constexpr std::string_view space_mark = "\u2581";
+constexpr std::string_view mask_token = "[MASK]";
 constexpr std::int64_t most_ids = 1 << 24; ///< guards memory against an absurd id
 
 Error unsupported(std::string_view what, std::string_view supported)
@@ -361,6 +362,14 @@ UnigramParts read_sentencepiece_model(std::string_view model, std::string_view a
     if (!added_tokens.empty())
         for (AddedToken& token : read_added_tokens_json(added_tokens))
             parts.added_tokens.push_back(std::move(token));
+    // DeBERTa's mask token is no piece: transformers appends it when no file names it.
+    const bool has_mask = parts.model->find(mask_token) ||
+                          std::any_of(parts.added_tokens.begin(), parts.added_tokens.end(),
+                                      [](const AddedToken& token) { return token.content == mask_token; });
+    if (!has_mask && added_tokens.empty())
+        parts.added_tokens.push_back({.id = static_cast<std::int32_t>(parts.model->size()),
+                                      .content = std::string(mask_token),
+                                      .special = true});
     return parts;
 }
 

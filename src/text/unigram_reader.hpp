@@ -27,7 +27,7 @@ UnigramParts read_unigram_json(std::string_view json);
  * @brief A SentencePiece model with the rules of transformers' DebertaV2Converter: control and user-defined pieces are
  * added tokens; text is stripped, mapped by the model's table, runs of spaces become one.
  * @param model content of spm.model, a protocol buffer of type ModelProto (sentencepiece_model.proto)
- * @param added_tokens content of added_tokens.json, {"token": id}; may be empty
+ * @param added_tokens content of added_tokens.json, {"token": id}; empty: there is none, and [MASK] follows the pieces
  */
 UnigramParts read_sentencepiece_model(std::string_view model, std::string_view added_tokens);
 

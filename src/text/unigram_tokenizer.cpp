@@ -27,6 +27,22 @@ std::vector<text::AddedToken> tokens_where(const std::vector<text::AddedToken>& 
     return chosen;
 }
 
+std::optional<std::int32_t> id_in(const text::UnigramParts& parts, std::string_view token)
+{
+    for (const text::AddedToken& added : parts.added_tokens)
+        if (added.content == token)
+            return added.id;
+    return parts.model->find(token);
+}
+
+std::int64_t size_of(const text::UnigramParts& parts)
+{
+    std::int64_t size = parts.model->size();
+    for (const text::AddedToken& added : parts.added_tokens)
+        size = std::max<std::int64_t>(size, added.id + 1);
+    return size;
+}
+
 /// Do the ids of added_tokens.json fit those of tokenizer.json? Two files of one model that disagree would be read
 /// differently by different programs.
 void check_added_tokens(const text::UnigramParts& parts, const std::string& path)
@@ -95,7 +111,7 @@ UnigramTokenizer::~UnigramTokenizer() = default;
 UnigramTokenizer::UnigramTokenizer(UnigramTokenizer&&) noexcept = default;
 UnigramTokenizer& UnigramTokenizer::operator=(UnigramTokenizer&&) noexcept = default;
 
-UnigramTokenizer UnigramTokenizer::from_directory(const std::string& directory)
+UnigramTokenizer UnigramTokenizer::from_directory(const std::string& directory, std::span<const std::string> more)
 {
     const std::string json = directory + "/tokenizer.json", model = directory + "/spm.model",
                       added = directory + "/added_tokens.json";
@@ -112,6 +128,9 @@ UnigramTokenizer UnigramTokenizer::from_directory(const std::string& directory)
         const std::string tokens = has_added ? read_file(added) : std::string();
         parts = with_context(model, [&] { return text::read_sentencepiece_model(read_file(model), tokens); });
     }
+    for (const std::string& token : more)
+        if (!id_in(parts, token))
+            parts.added_tokens.push_back({.id = static_cast<std::int32_t>(size_of(parts)), .content = token});
     return UnigramTokenizer(std::make_unique<const Data>(std::move(parts)));
 }
 
@@ -142,18 +161,12 @@ std::vector<std::int32_t> UnigramTokenizer::encode(std::string_view text) const
 
 std::optional<std::int32_t> UnigramTokenizer::token_id(std::string_view token) const
 {
-    for (const text::AddedToken& added : data_->parts.added_tokens)
-        if (added.content == token)
-            return added.id;
-    return data_->parts.model->find(token);
+    return id_in(data_->parts, token);
 }
 
 std::int64_t UnigramTokenizer::vocabulary_size() const
 {
-    std::int64_t size = data_->parts.model->size();
-    for (const text::AddedToken& added : data_->parts.added_tokens)
-        size = std::max<std::int64_t>(size, added.id + 1);
-    return size;
+    return size_of(data_->parts);
 }
 
 } // namespace selm

@@ -14,6 +14,7 @@ pytest.importorskip("sentencepiece")
 pytest.importorskip("google.protobuf")
 np = pytest.importorskip("numpy")
 h5py = pytest.importorskip("h5py")
+tokenizers = pytest.importorskip("tokenizers")
 torch = pytest.importorskip("torch")
 
 import pairrm_checkpoint as checkpoints  # noqa: E402 (imports what is checked above)
@@ -142,7 +143,7 @@ def test_ranking_equals_reference(model, rows, iteration, tmp_path, mode, layout
     assert np.abs(scores[:, 0] - scores[:, 1]).mean() > 0.05  # weights of zero would agree with anything
 
     digests, files = set(), []
-    for np_ranks in (1, 2, 3, 4):
+    for np_ranks in (1, 2, 3, 4) if mode == "per-row" else (1, 4):
         files.append(tmp_path / f"np{np_ranks}.h5")
         rank(iteration, files[-1], f"pairrm:{tmp_path / 'ranker'}", ranks=np_ranks, arguments=("--rank-mode", mode))
         digests.add(run(BIN / "selm_inspect", "--digest", files[-1]).split()[-1])
@@ -251,27 +252,52 @@ def train(prefs: Path, start: Path, output: Path, *arguments, rate=RATE, ranks=1
                "--learning-rate", rate, "--tokens-per-microbatch", 600, *arguments, expect=expect)
 
 
+@pytest.mark.parametrize("files", [("json", "spm"), ("spm",)])
+def test_training_starts_from_a_plain_encoder(model, rows, iteration, tmp_path, files):
+    """A DeBERTa-v2 directory: no head, no prefix tokens. With a learning rate of 0 the start values are what is saved."""
+    start, output = tmp_path / "deberta", tmp_path / "ranker"
+    tokenizer = checkpoints.make_tokenizer(start, model=model, normalized=False, files=files)
+    if "json" in files:
+        data = json.loads((start / "tokenizer.json").read_text(encoding="utf-8"))
+        data["added_tokens"] = [token for token in data["added_tokens"] if token["content"] not in checkpoints.PREFIXES]
+        (start / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
+    (start / "added_tokens.json").unlink()
+    whole = checkpoints.make_weights(PIECES + 3, 9)  # rows for [MASK] and two tokens more; four are needed
+    weights = {name.replace("pretrained_model.", "deberta."): value for name, value in whole.items() if not name.startswith("head")}
+    checkpoints.save_weights(start, weights)
+    lengths = {"source_maxlength": SOURCE, "candidate_maxlength": CANDIDATE}
+    (start / "config.json").write_text(json.dumps(checkpoints.encoder_config(PIECES + 3).to_dict() | lengths), encoding="utf-8")
+
+    train(iteration.parent / "prefs.h5", start, output, "--rows", "0:4", rate=0)
+
+    from safetensors.torch import load_file
+    saved = load_file(output / "model.safetensors")
+    embedding = "embeddings.word_embeddings.weight"
+    assert torch.equal(saved["pretrained_model." + embedding][:PIECES + 3], weights["deberta." + embedding])
+    assert 0.015 < saved["pretrained_model." + embedding][PIECES + 3:].std() < 0.025 and len(saved["pretrained_model." + embedding]) == PIECES + 5
+    assert all(torch.equal(value, saved[name.replace("deberta.", "pretrained_model.")]) for name, value in weights.items() if embedding not in name)
+    assert 0.015 < saved["head_layer.1.weight"].std() < 0.025 and not saved["head_layer.1.bias"].any()
+    config = json.loads((output / "config.json").read_text())
+    assert config["architectures"] == ["DebertaV2PairRM"] and config["cand2_prefix_id"] == tokenizer.token_to_id("<|candidate2|>")
+    assert config["vocab_size"] == PIECES + 5 and json.loads((output / "added_tokens.json").read_text())["[MASK]"] == PIECES
+    if "json" in files:
+        assert tokenizers.Tokenizer.from_file(str(output / "tokenizer.json")).get_vocab() == tokenizer.get_vocab()
+    reference = reference_pairrm.PairRm(output, tokenizer, SOURCE, CANDIDATE)
+    logits, _, _, _ = reference.rank(rows[:8], "per-row")
+    rank(iteration, tmp_path / "ranked.h5", f"pairrm:{output}")
+    with h5py.File(tmp_path / "ranked.h5") as file:
+        assert np.abs(file["ranking/rankers/pairrm/logits"][:8] - logits.numpy()).max() < 1e-4
+
+
 def test_training_equals_pytorch(model, rows, iteration, tmp_path):
     prefs = iteration.parent / "prefs.h5"
-    tokenizer = checkpoints.make_ranker(tmp_path / "whole", model=model, layout="hf", source=SOURCE, candidate=CANDIDATE, seed=9)
-    weights = checkpoints.make_weights(checkpoints.len_of(tokenizer), 9)
-    headless = tmp_path / "headless"
-    shutil.copytree(tmp_path / "whole", headless)
-    checkpoints.save_weights(headless, {name: value for name, value in weights.items() if not name.startswith("head")})
-
-    # A head that is not there starts at random; with a learning rate of 0 it is what is saved, beside the unchanged encoder.
-    train(prefs, headless, tmp_path / "start", "--rows", "0:4", rate=0)
-    from safetensors.torch import load_file
-    start = load_file(tmp_path / "start" / "model.safetensors")
-    assert set(start) == set(weights)
-    assert all(torch.equal(value, start[name]) for name, value in weights.items() if not name.startswith("head"))
-    assert 0.015 < start["head_layer.1.weight"].std() < 0.025 and not start["head_layer.1.bias"].any()
+    tokenizer = checkpoints.make_ranker(tmp_path / "start", model=model, layout="hf", source=SOURCE, candidate=CANDIDATE, seed=9)
 
     first, last, epochs = 2, 10, 2
     arguments = ("--rows", f"{first}:{last}", "--epochs", epochs)
     train(prefs, tmp_path / "start", tmp_path / "trained", *arguments, "--max-steps", "1", ranks=2, expect=75)
     with h5py.File(tmp_path / "trained" / "checkpoints" / "step-000001.h5") as file:
-        found = {name: file[f"parameters/{name}/exp_avg"][:] / (1 - 0.9) for name in start}
+        found = {name: file[f"parameters/{name}/exp_avg"][:] / (1 - 0.9) for name in file["parameters"]}
 
     reference = reference_pairrm.PairRm(tmp_path / "start", tokenizer, SOURCE, CANDIDATE)
     optimizer = torch.optim.AdamW(reference.parameters().values(), lr=RATE, betas=(0.9, 0.999), eps=1e-8, weight_decay=0)

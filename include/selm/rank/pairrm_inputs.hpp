@@ -36,6 +36,9 @@ struct PairLimits {
     void validate(const std::string& where) const; ///< @throws Error configuration
 };
 
+/// PairRM's own tokens, in the order in which a tokenizer gets them.
+extern const std::vector<std::string> pair_prefix_tokens;
+
 /// Ids of the tokens that inputs are built with.
 struct PairTokens {
     std::int32_t cls = 0, sep = 0, source = 0, candidate1 = 0, candidate2 = 0, candidate = 0;

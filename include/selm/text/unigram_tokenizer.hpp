@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -24,7 +25,8 @@ class UnigramTokenizer {
   public:
     /// @throws Error configuration naming the file and what is missing, wrong or not supported in it: neither file,
     /// another kind of model, added_tokens.json with ids that tokenizer.json does not have.
-    static UnigramTokenizer from_directory(const std::string& directory);
+    /// @param more tokens to append where the directory lacks them, in order, with the ids after its last one.
+    static UnigramTokenizer from_directory(const std::string& directory, std::span<const std::string> more = {});
 
     ~UnigramTokenizer();
     UnigramTokenizer(UnigramTokenizer&&) noexcept;
