@@ -89,11 +89,11 @@ Bpe::Bpe(BpeDefinition definition)
 }
 
 /// Whether no merge makes a token with U+2581 behind another character. Then the parts of a word that begin there merge
-/// apart from each other, whatever the order, and a word's ids are those of its parts. (U+2581 itself must be a token:
-/// a run of unknown characters would otherwise go on across it.)
+/// apart from each other, whatever the order, and a word's ids are those of its parts. (U+2581 itself must be a token,
+/// or a run of unknown characters would go on across it; and no character may be dropped between two of them.)
 bool Bpe::never_merges_across_spaces() const
 {
-    if (definition_.ignore_merges || !definition_.vocabulary.contains(space_sign))
+    if (definition_.ignore_merges || !definition_.unknown_token || !definition_.vocabulary.contains(space_sign))
         return false;
     return std::all_of(definition_.merges.begin(), definition_.merges.end(), [](const auto& merge) {
         const std::string token = merge.first + merge.second;

@@ -47,18 +47,24 @@ class ScratchPool {
     std::vector<std::unique_ptr<Scratch>> free_;
 };
 
-/// The added tokens that are looked for in the text as it is, or those in the normalised text, where `tokenizers` looks
-/// for their normalised form.
+/// An added token's text as `tokenizers` looks for it and decodes it: normalised where it is looked for in such a text.
+std::string wanted_text(const text::TokenizerParts& parts, const text::AddedToken& token)
+{
+    std::string content = token.content;
+    if (token.normalized && parts.normalizer) {
+        text::MatchScratch scratch;
+        parts.normalizer->apply(content, scratch);
+    }
+    return content;
+}
+
+/// The added tokens that are looked for in the text as it is, or those looked for in the normalised text.
 std::vector<text::AddedToken> tokens_where(const text::TokenizerParts& parts, bool normalized)
 {
     std::vector<text::AddedToken> chosen;
-    text::MatchScratch scratch;
     for (text::AddedToken token : parts.added_tokens) {
-        if (token.normalized != normalized)
-            continue;
-        if (normalized && parts.normalizer)
-            parts.normalizer->apply(token.content, scratch);
-        if (!token.content.empty())
+        token.content = wanted_text(parts, token);
+        if (token.normalized == normalized && !token.content.empty())
             chosen.push_back(std::move(token));
     }
     return chosen;
@@ -75,7 +81,7 @@ struct Tokenizer::Data {
             put(id, token);
         special.resize(texts.size(), false);
         for (const text::AddedToken& token : parts.added_tokens) {
-            put(token.id, token.content);
+            put(token.id, wanted_text(parts, token));
             added_ids.emplace(token.content, token.id);
             special.resize(texts.size(), false);
             special[static_cast<std::size_t>(token.id)] = token.special;
@@ -108,13 +114,13 @@ struct Tokenizer::Data {
     {
         bos = find_special(settings.bos_token, parts.bos ? parts.bos : settings.bos_id, "bos_token");
         eos = find_special(settings.eos_token, parts.eos ? parts.eos : settings.eos_id, "eos_token");
-        const auto ids = [](bool wanted, std::optional<std::int32_t> id) {
-            return wanted && id ? std::vector{*id} : std::vector<std::int32_t>();
-        };
-        if (settings.add_bos_token)
-            parts.frame.before = ids(*settings.add_bos_token, bos);
-        if (settings.add_eos_token)
-            parts.frame.after = ids(*settings.add_eos_token, eos);
+        if (!parts.frame_is_default)
+            return;
+        parts.frame = {};
+        if (bos && settings.add_bos_token.value_or(true))
+            parts.frame.before.push_back(*bos);
+        if (eos && settings.add_eos_token.value_or(false))
+            parts.frame.after.push_back(*eos);
     }
 
     void put(std::int32_t id, const std::string& token)
@@ -183,16 +189,16 @@ Tokenizer Tokenizer::from_directory(const std::string& directory)
 {
     const std::string json = directory + "/tokenizer.json";
     const std::string model = directory + "/tokenizer.model";
+    const text::TokenizerSettings settings = text::read_tokenizer_settings(directory);
     text::TokenizerParts parts;
     if (std::filesystem::exists(json))
         parts = text::read_tokenizer_json(read_file(json), json);
     else if (std::filesystem::exists(model))
-        parts = text::read_sentencepiece_model_file(model);
+        parts = text::read_sentencepiece_model_file(model, settings.legacy.value_or(true));
     else
         throw config_error(cat("neither ", json, " nor ", model,
                                " exists (texts cannot be tokenised). A model directory needs one of them"));
     return with_context(directory, [&] {
-        const text::TokenizerSettings settings = text::read_tokenizer_settings(directory);
         text::add_tokens(parts, settings.added_tokens);
         auto data = std::make_unique<Data>(std::move(parts));
         data->apply(settings);

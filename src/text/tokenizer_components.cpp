@@ -78,19 +78,18 @@ std::unique_ptr<PreTokenizer> read_split(const Json& component)
                                                flag(component, "invert", false, "pre_tokenizer(Split)"));
 }
 
-/// Files before version 0.19 of `tokenizers` have add_prefix_space in place of prepend_scheme.
+/// Older files have add_prefix_space beside it or in its place.
 PrependScheme read_prepend_scheme(const Json& component, const std::string& where)
 {
     static const std::map<std::string, PrependScheme> schemes{
         {"first", PrependScheme::first}, {"always", PrependScheme::always}, {"never", PrependScheme::never}};
-    const bool prefix = flag(component, "add_prefix_space", true, where);
-    if (is_absent(component, "prepend_scheme"))
-        return prefix ? PrependScheme::always : PrependScheme::never;
-    const std::string name = need_string(component, "prepend_scheme", where);
+    const std::string name =
+        is_absent(component, "prepend_scheme") ? "always" : need_string(component, "prepend_scheme", where);
     const auto found = schemes.find(name);
-    if (found == schemes.end() || (!prefix && found->second != PrependScheme::never))
-        throw config_error(cat("the entry ", where, ".prepend_scheme is ", name,
-                               ", which does not exist or contradicts add_prefix_space"));
+    if (found == schemes.end())
+        throw config_error(cat("the entry ", where, ".prepend_scheme is ", name, ", which does not exist"));
+    if (!flag(component, "add_prefix_space", true, where) && found->second != PrependScheme::never)
+        throw config_error(cat("the entry ", where, ".add_prefix_space contradicts prepend_scheme ", name));
     return found->second;
 }
 

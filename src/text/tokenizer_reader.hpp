@@ -29,7 +29,8 @@ struct TokenizerParts {
     std::unique_ptr<Bpe> model;
     std::unique_ptr<TokenDecoder> decoder;
     TextFrame frame;                 ///< what the post-processor adds
-    std::optional<std::int32_t> bos; ///< as the file itself says (SentencePiece models alone)
+    bool frame_is_default = false;   ///< the file says nothing about it (SentencePiece models)
+    std::optional<std::int32_t> bos; ///< as the file itself says (SentencePiece models)
     std::optional<std::int32_t> eos;
 };
 

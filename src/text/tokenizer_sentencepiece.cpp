@@ -42,7 +42,7 @@ std::uint64_t read_varint(std::string_view message, std::size_t& position)
     throw config_error("is damaged (a number without end)");
 }
 
-/// Calls @p visit(field, number, bytes) for each entry of a protocol buffer message: a number or bytes, the other empty.
+/// Calls @p visit for each entry of a protocol buffer message, which has either a number or bytes.
 void for_each_field(std::string_view message,
                     const std::function<void(std::uint64_t field, std::uint64_t number, std::string_view bytes)>& visit)
 {
@@ -188,13 +188,18 @@ std::vector<AddedToken> special_tokens(const SentencePieceProcessor& processor)
     return tokens;
 }
 
-std::unique_ptr<Normalizer> make_normalizer(const ModelSpec& spec)
+void set_space_rules(TokenizerParts& parts, const ModelSpec& spec, bool legacy)
 {
+    if (!legacy) {
+        const PrependScheme scheme = spec.add_dummy_prefix ? PrependScheme::first : PrependScheme::never;
+        parts.pre_tokenizer = std::make_unique<MetaspacePreTokenizer>(std::string(space_sign), scheme, false);
+        return;
+    }
     std::vector<std::unique_ptr<Normalizer>> steps;
     if (spec.add_dummy_prefix)
         steps.push_back(std::make_unique<PrependNormalizer>(std::string(space_sign)));
     steps.push_back(std::make_unique<ReplacingNormalizer>(Replacer(" ", std::string(space_sign))));
-    return std::make_unique<SequenceNormalizer>(std::move(steps));
+    parts.normalizer = std::make_unique<SequenceNormalizer>(std::move(steps));
 }
 
 std::unique_ptr<TokenDecoder> make_decoder(const ModelSpec& spec)
@@ -215,7 +220,7 @@ std::optional<std::int32_t> existing(int id)
 
 } // namespace
 
-TokenizerParts read_sentencepiece_model_file(const std::string& path)
+TokenizerParts read_sentencepiece_model_file(const std::string& path, bool legacy)
 {
     return with_context(path, [&] {
         SentencePieceProcessor processor;
@@ -229,13 +234,12 @@ TokenizerParts read_sentencepiece_model_file(const std::string& path)
         check_spec(spec);
         TokenizerParts parts;
         parts.added_tokens = special_tokens(processor);
-        parts.normalizer = make_normalizer(spec);
+        set_space_rules(parts, spec, legacy);
         parts.model = std::make_unique<Bpe>(read_definition(processor, spec));
         parts.decoder = make_decoder(spec);
         parts.bos = existing(processor.bos_id());
         parts.eos = existing(processor.eos_id());
-        if (parts.bos)
-            parts.frame.before.push_back(*parts.bos);
+        parts.frame_is_default = true;
         return parts;
     });
 }

@@ -79,6 +79,7 @@ TokenizerSettings read_tokenizer_settings(const std::string& directory)
         settings.eos_token = special_token(config, "eos_token");
         settings.add_bos_token = optional_flag(config, "add_bos_token");
         settings.add_eos_token = optional_flag(config, "add_eos_token");
+        settings.legacy = optional_flag(config, "legacy");
         settings.added_tokens = added_tokens_decoder(config);
     });
     const std::string map_path = directory + "/special_tokens_map.json";

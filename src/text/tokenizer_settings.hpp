@@ -13,8 +13,9 @@ namespace selm::text {
 struct TokenizerSettings {
     std::optional<std::string> bos_token; ///< texts: tokenizer_config.json, else special_tokens_map.json
     std::optional<std::string> eos_token;
-    std::optional<bool> add_bos_token; ///< tokenizer_config.json
+    std::optional<bool> add_bos_token; ///< tokenizer_config.json; tokenizer.json has its post-processor instead
     std::optional<bool> add_eos_token;
+    std::optional<bool> legacy;
     std::optional<std::int32_t> bos_id; ///< config.json
     std::optional<std::int32_t> eos_id;
     std::vector<AddedToken> added_tokens; ///< added_tokens_decoder of tokenizer_config.json

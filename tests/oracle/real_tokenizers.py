@@ -1,8 +1,8 @@
 """Tokenizers of the paper's models as Hugging Face directories, made from the files in PyPI wheels.
 
-Llama-3: llama_models (tiktoken format), converted by transformers. Mistral-7B (also Zephyr's): mistral_common (SentencePiece),
-as it is or converted by transformers. Phi-3: no wheel has it; its tokenizer is Llama-2's kind with tokens of its own behind
-the vocabulary, so it is made of Mistral's vocabulary, Phi-3's added tokens and their flags.
+Llama-3: llama_models (tiktoken format), converted by transformers. Mistral-7B (also Zephyr's): mistral_common
+(SentencePiece), as it is or converted by transformers. Phi-3: no wheel has it; its tokenizer is Llama-2's kind with
+tokens of its own behind the vocabulary, so it is made of Mistral's vocabulary, Phi-3's added tokens and their flags.
 """
 
 import importlib.util
@@ -47,8 +47,19 @@ LLAMA3_SPECIAL = (
     + [f"<|reserved_special_token_{i}|>" for i in range(5, 251)]
 )
 # ids 32000 to 32010 of Phi-3-mini-4k-instruct
-PHI3_ADDED = ["<|endoftext|>", "<|assistant|>", "<|placeholder1|>", "<|placeholder2|>", "<|placeholder3|>", "<|placeholder4|>",
-              "<|system|>", "<|end|>", "<|placeholder5|>", "<|placeholder6|>", "<|user|>"]
+PHI3_ADDED = [
+    "<|endoftext|>",
+    "<|assistant|>",
+    "<|placeholder1|>",
+    "<|placeholder2|>",
+    "<|placeholder3|>",
+    "<|placeholder4|>",
+    "<|system|>",
+    "<|end|>",
+    "<|placeholder5|>",
+    "<|placeholder6|>",
+    "<|user|>",
+]
 
 
 def wheel_file(package: str, path: str) -> Path:
@@ -78,13 +89,21 @@ def make_llama3(directory: Path) -> Path:
     tokenizer.post_processor = processors.Sequence(
         [
             processors.ByteLevel(trim_offsets=False),
-            processors.TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, 128000)]),
+            processors.TemplateProcessing(
+                single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, 128000)]
+            ),
         ]
     )
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(directory / "tokenizer.json"))
-    write_config(directory, chat_template=LLAMA3_TEMPLATE, bos_token=bos, eos_token="<|eot_id|>",
-                 tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False)
+    write_config(
+        directory,
+        chat_template=LLAMA3_TEMPLATE,
+        bos_token=bos,
+        eos_token="<|eot_id|>",
+        tokenizer_class="PreTrainedTokenizerFast",
+        clean_up_tokenization_spaces=False,
+    )
     return directory
 
 
@@ -122,8 +141,15 @@ def make_mistral(directory: Path, kind: str = "legacy", template: str = ZEPHYR_T
         tokenizer = convert_mistral(kind == "legacy")
         add_bos(tokenizer)
         tokenizer.save(str(directory / "tokenizer.json"))
-    write_config(directory, chat_template=template, bos_token="<s>", eos_token="</s>", tokenizer_class="LlamaTokenizer",
-                 legacy=kind != "new", clean_up_tokenization_spaces=False)
+    write_config(
+        directory,
+        chat_template=template,
+        bos_token="<s>",
+        eos_token="</s>",
+        tokenizer_class="LlamaTokenizer",
+        legacy=kind != "new",
+        clean_up_tokenization_spaces=False,
+    )
     return directory
 
 
@@ -135,6 +161,14 @@ def make_phi3(directory: Path, template: str = PHI3_TEMPLATE) -> Path:
     )
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(directory / "tokenizer.json"))
-    write_config(directory, chat_template=template, bos_token="<s>", eos_token="<|endoftext|>", add_bos_token=False,
-                 add_eos_token=False, tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False)
+    write_config(
+        directory,
+        chat_template=template,
+        bos_token="<s>",
+        eos_token="<|endoftext|>",
+        add_bos_token=False,
+        add_eos_token=False,
+        tokenizer_class="PreTrainedTokenizerFast",
+        clean_up_tokenization_spaces=False,
+    )
     return directory

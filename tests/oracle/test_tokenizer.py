@@ -348,8 +348,20 @@ MODEL_NASTY = [
     for token in ("<s>", "</s>", "<unk>", "<|user|>", "<|end|>", "<|endoftext|>", "<|eot_id|>", "<|begin_of_text|>")
     for before, after in [("", ""), ("a ", " b"), (" ", "\n"), ("x", "\u00a0 \n y"), ("\n", "  two"), (token, token)]
 ] + [
-    "\u2581", " \u2581", "a\u2581b", "\u2581\u2581 a \u2581", "a\u2581 b", "<0x0A>", "<0x41><0xE4>", "▁<s>▁</s>▁",
-    "\n<|user|>\n  hi<|end|> \n<|assistant|>\nno", "<s> <s>a", "a" * 5000, " " * 5000, "中" * 3000, "word " * 2000 + "\n",
+    "\u2581",
+    " \u2581",
+    "a\u2581b",
+    "\u2581\u2581 a \u2581",
+    "a\u2581 b",
+    "<0x0A>",
+    "<0x41><0xE4>",
+    "▁<s>▁</s>▁",
+    "\n<|user|>\n  hi<|end|> \n<|assistant|>\nno",
+    "<s> <s>a",
+    "a" * 5000,
+    " " * 5000,
+    "中" * 3000,
+    "word " * 2000 + "\n",
 ]
 
 
@@ -378,8 +390,10 @@ def test_model_tokenizers(name, model_directory, rows):
 
 
 def test_sentencepiece_model_alone(tmp_path, rows):
-    """The library's ids, special tokens parsed where they are to be. (transformers' conversion of the model ranks a piece's
-    ways of coming about, so it differs in runs of spaces.)"""
+    """The library's ids, special tokens parsed where they are to be.
+
+    transformers' conversion of the model ranks the ways in which a piece comes about, so it differs in runs of spaces.
+    """
     directory = real.make_mistral(tmp_path / "model", "model")
     library = sentencepiece.SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
     special = {"<unk>": 0, "<s>": 1, "</s>": 2}
@@ -390,7 +404,8 @@ def test_sentencepiece_model_alone(tmp_path, rows):
     few = texts[:300]
     parts = [re.split("(<unk>|<s>|</s>)", text) for text in few]
     parsed = [
-        [1] + [i for part in line for i in ([special[part]] if part in special else library.encode(part))] for line in parts
+        [1] + [i for part in line for i in ([special[part]] if part in special else library.encode(part))]
+        for line in parts
     ]
     check_equal(ids_of(few, directory, added=True), parsed, few)
     lists = random_ids(32000) + parsed
@@ -440,6 +455,36 @@ def test_prompts_equal_apply_chat_template(rows, transformers_tokenizer, templat
                 )
             )
     assert [answer["text"] for answer in ask(requests)] == wanted
+
+
+# name: template, BOS and EOS of the tokenizers it comes with
+MODEL_FORMATS = {
+    "zephyr": (real.ZEPHYR_TEMPLATE, "<s>", "</s>"),
+    "llama3": (real.LLAMA3_TEMPLATE, "<|begin_of_text|>", "<|eot_id|>"),
+    "phi3": (real.PHI3_TEMPLATE, "<s>", "<|endoftext|>"),
+    "phi3-2024-04": (real.PHI3_FIRST_TEMPLATE, "<s>", "<|endoftext|>"),
+}
+
+
+@pytest.mark.parametrize("name", MODEL_FORMATS)
+def test_model_formats_equal_apply_chat_template(rows, name):
+    template, bos, eos = MODEL_FORMATS[name]
+    renderer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(tokenizers.models.BPE()), bos_token=bos, eos_token=eos
+    )
+    answers = [" padded \n", "", "\u00a0\x1f in \u200b", "x</s> <|eot_id|><|end|>"]
+    lists = conversations(rows[:300]) + [[{"role": "assistant", "content": text}] for text in answers]
+    requests, wanted = [], []
+    for messages in lists:
+        for header in (True, False):
+            requests.append({"op": "render", "messages": messages, "header": header, "format": name})
+            wanted.append(
+                renderer.apply_chat_template(
+                    messages, add_generation_prompt=header, tokenize=False, chat_template=template
+                )
+            )
+    check_equal([answer["text"] for answer in ask(requests)], wanted, requests)
+    assert len({answer for answer in wanted}) > 300
 
 
 def test_encoded_rows(rows, reference, transformers_tokenizer):
@@ -554,6 +599,169 @@ def test_unknown_templates_are_refused(tmp_path, template):
     )
 
 
+def with_template(directory: Path, of: Path, template: str, **config) -> Path:
+    """The tokenizer of one of the paper's models with another configuration."""
+    os.link(of / "tokenizer.json", directory / "tokenizer.json")
+    entries = json.loads((of / "tokenizer_config.json").read_text(encoding="utf-8"))
+    real.write_config(directory, **{**entries, "chat_template": template, **config})
+    return directory
+
+
+DEFAULT = "{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    "model, template, name",
+    [
+        ("mistral_new", real.ZEPHYR_TEMPLATE.replace("|>\n'", "|>\\n'"), "zephyr"),
+        ("mistral_new", DEFAULT + real.ZEPHYR_TEMPLATE.replace("\n{%", "\n  {%").replace("'", '"'), "zephyr"),
+        (
+            "llama3",
+            DEFAULT
+            + real.LLAMA3_TEMPLATE.replace("message['role']", "message.role").replace(
+                "message['content']", "message.content"
+            ),
+            "llama3",
+        ),
+        ("phi3", real.PHI3_TEMPLATE, "phi3"),
+        ("phi3", real.PHI3_TEMPLATE.replace("{{'", "{{- '").replace("'}}", "' -}}"), "phi3"),
+        ("phi3", real.PHI3_FIRST_TEMPLATE, "phi3-2024-04"),
+    ],
+)
+def test_recognised_model_templates(tmp_path, model_directory, model, template, name):
+    directory = with_template(tmp_path, model_directory(model), template)
+    assert ask([{"op": "info"}], directory)[0]["format"] == name
+    _, bos, eos = MODEL_FORMATS[name]
+    messages = conversations([])[1]
+    renderer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(tokenizers.models.BPE()), bos_token=bos, eos_token=eos
+    )
+    for header in (True, False):
+        assert ask([{"op": "render", "messages": messages, "header": header}], directory)[0][
+            "text"
+        ] == renderer.apply_chat_template(
+            messages, add_generation_prompt=header, tokenize=False, chat_template=template
+        )
+
+
+@pytest.mark.parametrize(
+    "model, template, config, named",
+    [
+        (
+            "llama3",
+            real.LLAMA3_TEMPLATE.replace("{% if add_generation_prompt %}", "").removesuffix("{% endif %}"),
+            {},
+            "not one of",
+        ),
+        ("llama3", real.LLAMA3_TEMPLATE.replace(" | trim", ""), {}, "not one of"),
+        ("phi3", real.PHI3_TEMPLATE.replace("'system' %}", "'system' and message['content'] %}"), {}, "not one of"),
+        ("phi3", real.PHI3_TEMPLATE.replace("{% else %}{{ eos_token }}", ""), {}, "not one of"),
+        ("mistral_new", real.ZEPHYR_TEMPLATE, {"eos_token": "<s>"}, "EOS token is <s> in place of </s>"),
+        ("llama3", real.LLAMA3_TEMPLATE, {"bos_token": "<|end_of_text|>"}, "BOS token is <|end_of_text|>"),
+        ("mistral_new", real.LLAMA3_TEMPLATE, {}, "<|eot_id|>, which the tokenizer does not have"),
+        ("mistral_new", real.ZEPHYR_TEMPLATE, {"eos_token": "<|nothing|>"}, "<|nothing|>"),
+    ],
+)
+def test_unknown_model_templates_are_refused(tmp_path, model_directory, model, template, config, named):
+    code, message = complaint(with_template(tmp_path, model_directory(model), template, **config))
+    assert code == 78 and named in message and str(tmp_path) in message
+
+
+def test_files_beside_the_tokenizer(tmp_path, model_directory):
+    """BOS, EOS, what is added to a text, and added tokens, against transformers' reading of the same directory."""
+    cases = [
+        {},
+        {
+            "add_bos_token": True,
+            "eos_token": {"__type": "AddedToken", "content": "<|endoftext|>", "special": True},
+        },  # tokenizer.json decides
+        {"bos_token": None, "eos_token": "</s>"},
+        {
+            "added_tokens_decoder": {
+                "32010": {"content": "<|user|>", "special": True, "rstrip": False, "lstrip": True, "normalized": False},
+                "32011": {"content": "<|extra|>", "special": True, "normalized": False},
+            }
+        },
+    ]
+    texts = ["hi", "", "a <|user|>\n b<|extra|> \n<|end|>\n</s> c"]
+    for number, case in enumerate(cases):
+        (directory := tmp_path / str(number)).mkdir()
+        with_template(directory, model_directory("phi3"), real.PHI3_TEMPLATE)
+        entries = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+        real.write_config(directory, **{**entries, **case})
+        reference = transformers.PreTrainedTokenizerFast.from_pretrained(directory)
+        assert ids_of(texts, directory, added=True) == [reference(text)["input_ids"] for text in texts], case
+        assert ids_of(texts, directory) == [reference(text, add_special_tokens=False)["input_ids"] for text in texts]
+        if case.get("eos_token", "") != "</s>":
+            info = ask([{"op": "info"}], directory)[0]
+            assert (info["bos"], info["eos"]) == (reference.bos_token_id, reference.eos_token_id), case
+    real.write_config(tmp_path / "0", chat_template=real.PHI3_TEMPLATE)
+    (tmp_path / "0" / "config.json").write_text('{"bos_token_id": 1, "eos_token_id": [32000, 32007]}')
+    assert [ask([{"op": "info"}], tmp_path / "0")[0][key] for key in ("bos", "eos")] == [1, 32000]
+    (tmp_path / "0" / "special_tokens_map.json").write_text(
+        '{"bos_token": {"content": "<unk>"}, "eos_token": "<|endoftext|>"}'
+    )
+    assert [ask([{"op": "info"}], tmp_path / "0")[0][key] for key in ("bos", "eos")] == [0, 32000]
+
+
+def test_sentencepiece_model_with_added_tokens(tmp_path, rows):
+    """A directory of tokenizer.model and tokenizer_config.json alone, as Phi-3's older ones."""
+    directory = real.make_mistral(tmp_path / "model", "model", real.PHI3_TEMPLATE)
+    tokens = {32000 + i: text for i, text in enumerate(real.PHI3_ADDED)} | {2: "</s>"}
+    real.write_config(
+        directory,
+        chat_template=real.PHI3_TEMPLATE,
+        bos_token="<s>",
+        eos_token="<|endoftext|>",
+        add_bos_token=False,
+        added_tokens_decoder={
+            str(i): {"content": text, "rstrip": i != 32000, "special": i != 2, "normalized": False}
+            for i, text in tokens.items()
+        },
+    )
+    library = sentencepiece.SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
+    ids = {text: i for i, text in tokens.items()}
+    pattern = re.compile(
+        "|".join(f"({re.escape(text)}{'' if i == 32000 else chr(92) + 's*'})" for i, text in tokens.items())
+    )
+    texts = [
+        "<|user|>\n"
+        + row["prompt"]
+        + "<|end|>\n<|assistant|>\n"
+        + row["chosen"][-1]["content"]
+        + "<|end|>\n</s> <|endoftext|> x"
+        for row in rows[:100]
+    ]
+    wanted = []
+    for text in texts:
+        done, line = 0, []
+        for match in pattern.finditer(text):
+            line += library.encode(text[done : match.start()]) + [ids[match.group().rstrip()]]
+            done = match.end()
+        wanted.append(line + library.encode(text[done:]))
+    check_equal(ids_of(texts, directory, added=True), wanted, texts)
+    info = ask([{"op": "info"}], directory)[0]
+    assert (info["format"], info["vocabulary_size"], info["bos"], info["eos"]) == ("phi3", 32011, 1, 32000)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"add_bos_token": True},
+        {"add_bos_token": True, "add_eos_token": True},
+        {"add_bos_token": False, "add_eos_token": True},
+    ],
+)
+def test_sentencepiece_model_adds_what_it_is_told(tmp_path, flags):
+    directory = real.make_mistral(tmp_path / "model", "model")
+    real.write_config(
+        directory, bos_token="<s>", eos_token="</s>", tokenizer_class="LlamaTokenizer", legacy=False, **flags
+    )
+    reference = transformers.LlamaTokenizer.from_pretrained(directory)
+    texts = ["hi", "", "a</s>\nb", " a", "</s>x </s> x", "\u2581"]
+    assert ids_of(texts, directory, added=True) == [reference(text)["input_ids"] for text in texts]
+
+
 def test_the_template_file_goes_first_and_none_is_an_error(tmp_path):
     (tmp_path / "a").mkdir()
     assert ask([{"op": "info"}], variant(tmp_path / "a", CHATML, jinja=SMOLLM2))[0]["format"] == "chatml-smollm2"
@@ -664,12 +872,122 @@ def test_other_components(tmp_path, rows, name):
         assert answer["text"] == reference.decode(ids, skip_special_tokens=True)
 
 
+def set_spaces(**changes):
+    """Mistral's tokenizer with a Metaspace in place of its normalizer."""
+
+    def change(content):
+        metaspace = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True, **changes}
+        content.update(
+            normalizer=None, pre_tokenizer=metaspace, decoder={k: v for k, v in metaspace.items() if k != "split"}
+        )
+
+    return change
+
+
+def tokens_in_normalized_text(content):
+    flags = {"special": False, "single_word": False, "lstrip": False, "rstrip": False, "normalized": True}
+    vocabulary, next_id = content["model"]["vocab"], 32000
+    for text, changed in [
+        ("note", {}),
+        (" New", {}),
+        ("<L>", {"lstrip": True}),
+        ("<R>", {"rstrip": True}),
+        ("and", {"single_word": True}),
+    ]:
+        content["added_tokens"].append({"id": vocabulary.get(text, next_id), "content": text, **flags, **changed})
+        next_id += text not in vocabulary
+
+
+def merge_across_spaces(content):
+    vocabulary, merges = content["model"]["vocab"], content["model"]["merges"]
+    for left, right in [("e", "\u2581"), ("e\u2581", "a"), ("\u2581", "o"), ("e", "\u2581o")]:
+        vocabulary.setdefault(left + right, len(vocabulary))
+        merges.insert(0, [left, right])
+
+
+def without_byte_fallback(content, **changes):
+    content["model"].update(byte_fallback=False, **changes)
+
+
+SPACED_COMPONENTS = {
+    "split_always": set_spaces(),
+    "split_first": set_spaces(prepend_scheme="first"),
+    "split_never": set_spaces(prepend_scheme="never"),
+    "whole_always": set_spaces(split=False),
+    "older_file": lambda content: (set_spaces()(content), content["pre_tokenizer"].pop("prepend_scheme")),
+    "first_after_split": lambda content: (
+        set_spaces(prepend_scheme="first")(content),
+        content.update(
+            pre_tokenizer={
+                "type": "Sequence",
+                "pretokenizers": [split({"Regex": "[xyz]"}, "Removed"), content["pre_tokenizer"]],
+            }
+        ),
+    ),
+    "tokens_in_normalized_text": tokens_in_normalized_text,
+    "merge_across_spaces": merge_across_spaces,
+    "unknown_fused": without_byte_fallback,
+    "unknown_apart": lambda content: without_byte_fallback(content, fuse_unk=False),
+    "unknown_dropped": lambda content: without_byte_fallback(content, unk_token=None),
+    "some_bytes": lambda content: [content["model"]["vocab"].pop(f"<0x{byte:02X}>") for byte in (0xE0, 0xF0, 0x0A)],
+    "regular_expression": lambda content: content["normalizer"]["normalizers"].append(
+        {"type": "Replace", "pattern": {"Regex": "[0-9]+|(?=Q)"}, "content": "#"}
+    ),
+    "strip_once_more": lambda content: content["decoder"]["decoders"].append(
+        {"type": "Strip", "content": "e", "start": 2, "stop": 0}
+    ),
+    "byte_fallback_and_join": lambda content: content.update(decoder={"type": "ByteFallback"}),
+}
+
+
+@pytest.mark.parametrize("name", SPACED_COMPONENTS)
+def test_components_with_spaces(tmp_path, model_directory, rows, name):
+    content = json.loads((model_directory("mistral_legacy") / "tokenizer.json").read_text(encoding="utf-8"))
+    SPACED_COMPONENTS[name](content)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    reference = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    texts = (
+        NASTY
+        + [text[:200] for text in MODEL_NASTY]
+        + random_texts(seed=7, count=300)
+        + row_texts(rows[:20])
+        + [
+            "note notes note",
+            "x New New",
+            "a  <L> b<R>  c",
+            "and andy sand and",
+            "the one and e an",
+            "12 Q3QQ",
+            "x y xx z",
+            "ee e",
+        ]
+    )
+    wanted = [encoding.ids for encoding in reference.encode_batch(texts, add_special_tokens=False)]
+    check_equal(ids_of(texts, tmp_path), wanted, texts)
+    lists = [ids for ids in wanted if ids] + random_ids(32000)[:200]
+    check_equal(texts_of(lists, tmp_path, True), reference.decode_batch(lists, skip_special_tokens=True), lists)
+
+
 @pytest.mark.parametrize(
     "change, named",
     [
         (lambda c: c.update(normalizer={"type": "NFC"}), "normalizer NFC"),
         (lambda c: c.update(pre_tokenizer={"type": "BertPreTokenizer"}), "pre-tokenizer BertPreTokenizer"),
         (lambda c: c.update(decoder={"type": "WordPiece", "prefix": "##", "cleanup": True}), "decoder WordPiece"),
+        (
+            lambda c: c.update(post_processor={"type": "BertProcessing", "sep": ["a", 1], "cls": ["b", 2]}),
+            "post-processor BertProcessing",
+        ),
+        (
+            lambda c: c.update(normalizer={"type": "Sequence", "normalizers": [{"type": "Lowercase"}]}),
+            "normalizer Lowercase",
+        ),
+        (
+            lambda c: c.update(post_processor={"type": "TemplateProcessing", "single": [], "special_tokens": {}}),
+            "without $A",
+        ),
+        (set_pre_tokenizer({"type": "Metaspace", "replacement": "_", "prepend_scheme": "sometimes"}), "sometimes"),
+        (set_pre_tokenizer({"type": "Metaspace", "replacement": "_", "add_prefix_space": False}), "add_prefix_space"),
         (lambda c: c["model"].update(type="Unigram"), "model Unigram"),
         (lambda c: c["model"].update(dropout=0.1), "dropout"),
         (lambda c: c["model"].update(continuing_subword_prefix="##"), "continuing_subword_prefix"),

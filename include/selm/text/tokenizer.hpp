@@ -28,9 +28,9 @@ enum class SpecialTokens { skip, keep };
  * ByteFallback, ByteLevel, Fuse, Metaspace, Replace, Strip and Sequence. Any other component is refused by name. The
  * file's truncation and padding entries are ignored: a caller cuts by itself.
  *
- * tokenizer.model: the ids that the sentencepiece library gives to each stretch of text between special tokens (control
- * symbols, and the added tokens of tokenizer_config.json), as transformers' LlamaTokenizer with legacy = True did before
- * its version 5.
+ * tokenizer.model: the ids that the sentencepiece library gives to each stretch of text between special tokens
+ * (control symbols, and the added tokens of tokenizer_config.json), as LlamaTokenizer did in transformers 4; where
+ * tokenizer_config.json says legacy = false, a prefix space is put before the whole text alone.
  *
  * Const members may be called from several threads at once.
  */
@@ -54,9 +54,9 @@ class Tokenizer {
     std::vector<std::int32_t> encode(std::string_view text, SpecialText special = SpecialText::parse) const;
 
     /// Ids of @p text, special-token text parsed, with what the tokenizer adds around a text: Hugging Face's ids by
-    /// default (add_special_tokens = True). In front and behind, that is what add_bos_token and add_eos_token of
-    /// tokenizer_config.json say where given, else the post-processor of tokenizer.json; a tokenizer.model alone adds
-    /// BOS, as LlamaTokenizer does.
+    /// default (add_special_tokens = True). That is what the post-processor of tokenizer.json says; for a
+    /// tokenizer.model alone, BOS unless add_bos_token in tokenizer_config.json is false, and EOS where add_eos_token
+    /// is true (the defaults of transformers 4).
     std::vector<std::int32_t> encode_with_special_tokens(std::string_view text) const;
 
     /// Text of @p ids, well-formed UTF-8 (bytes that form no character become U+FFFD); ids without a token are left

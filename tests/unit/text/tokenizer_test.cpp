@@ -179,6 +179,119 @@ TEST(Tokenizer, RefusalsNameFileAndComponent)
     EXPECT_NE(refusal(std::string(100000, '[')).find("damaged"), std::string::npos);
 }
 
+/// A small SentencePiece-like tokenizer: ids 0-2 <unk> <s> </s>, 3 U+2581, 4 a, 5 b, 6 U+2581 a, 7 two U+2581, 8-10 the
+/// bytes of U+20AC, 11 <x>.
+std::string spaced_json(const std::string& rules, const std::string& more_merges = "")
+{
+    return R"({"added_tokens": [
+        {"id": 1, "content": "<s>", "special": true}, {"id": 2, "content": "</s>", "special": true},
+        {"id": 11, "content": "<x>", "special": true, "rstrip": true}],
+        "model": {"type": "BPE", "unk_token": "<unk>", "fuse_unk": true, "byte_fallback": true,
+        "vocab": {"<unk>": 0, "<s>": 1, "</s>": 2, "\u2581": 3, "a": 4, "b": 5, "\u2581a": 6, "\u2581\u2581": 7,
+        "<0xE2>": 8, "<0x82>": 9, "<0xAC>": 10, "a\u2581": 12},
+        "merges": [["\u2581", "a"], ["\u2581", "\u2581"])" +
+           more_merges + "]}, " + rules + "}";
+}
+
+const std::string legacy_rules = R"("normalizer": {"type": "Sequence", "normalizers": [
+    {"type": "Prepend", "prepend": "\u2581"}, {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}]},
+    "decoder": {"type": "Sequence", "decoders": [{"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
+    {"type": "ByteFallback"}, {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
+    "post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}},
+    {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}],
+    "special_tokens": {"<s>": {"id": "<s>", "ids": [1]}, "</s>": {"id": "</s>", "ids": [2]}}})";
+
+std::string metaspace_rules(const std::string& scheme)
+{
+    return R"("pre_tokenizer": {"type": "Metaspace", "replacement": "\u2581", "split": false, "prepend_scheme": ")" +
+           scheme + "\"}";
+}
+
+TEST(SpacedTokenizer, PrefixSpaceGoesBeforeEachStretchOrTheFirst)
+{
+    const std::string text = "ab</s>a<x>  a";
+    EXPECT_EQ(Tokenizer::from_json(spaced_json(legacy_rules), "t").encode(text), (Ids{6, 5, 2, 6, 11, 6}));
+    EXPECT_EQ(Tokenizer::from_json(spaced_json(metaspace_rules("always")), "t").encode(text), (Ids{6, 5, 2, 6, 11, 6}));
+    EXPECT_EQ(Tokenizer::from_json(spaced_json(metaspace_rules("first")), "t").encode(text), (Ids{6, 5, 2, 4, 11, 4}));
+    EXPECT_EQ(Tokenizer::from_json(spaced_json(metaspace_rules("never")), "t").encode(text), (Ids{4, 5, 2, 4, 11, 4}));
+    const Tokenizer first = Tokenizer::from_json(spaced_json(metaspace_rules("first")), "t");
+    EXPECT_EQ(first.encode(" a"), Ids{6}); // has a space already
+}
+
+TEST(SpacedTokenizer, UnknownCharactersAreBytesOrOneUnknownToken)
+{
+    const Tokenizer tokenizer = Tokenizer::from_json(spaced_json(legacy_rules), "t");
+    EXPECT_EQ(tokenizer.encode("a\u20acb"), (Ids{6, 8, 9, 10, 5}));
+    EXPECT_EQ(tokenizer.encode("zq\u00e9 zz"), (Ids{3, 0, 3, 0}));
+    EXPECT_EQ(tokenizer.decode(Ids{6, 8, 9, 10, 3, 8, 4}), "a\u20ac \ufffda");
+    EXPECT_EQ(tokenizer.decode(Ids{1, 7, 6, 2}, SpecialTokens::keep), "<s>   a</s>");
+    EXPECT_EQ(tokenizer.decode(Ids{1, 7, 6, 2}), "  a");
+}
+
+TEST(SpacedTokenizer, MergesAcrossASpaceAreFound)
+{
+    EXPECT_EQ(Tokenizer::from_json(spaced_json(legacy_rules), "t").encode("ba b  a"), (Ids{3, 5, 4, 3, 5, 3, 6}));
+    const std::string across = spaced_json(legacy_rules, R"(, ["a", "\u2581"])");
+    EXPECT_EQ(Tokenizer::from_json(across, "t").encode("ba b  a"), (Ids{3, 5, 12, 5, 3, 6}));
+}
+
+TEST(SpacedTokenizer, PostProcessorPutsItsTokensAround)
+{
+    const Tokenizer tokenizer = Tokenizer::from_json(spaced_json(legacy_rules), "t");
+    EXPECT_EQ(tokenizer.encode_with_special_tokens("a"), (Ids{1, 6, 2}));
+    EXPECT_EQ(tokenizer.encode_with_special_tokens(""), (Ids{1, 2}));
+    EXPECT_EQ(tokenizer.bos_id(), std::nullopt); // no directory says so
+    EXPECT_EQ(tiny().encode_with_special_tokens("hello"), Ids{262});
+    EXPECT_EQ(tiny().bos_id(), 1);
+    EXPECT_EQ(tiny().eos_id(), 2);
+}
+
+TEST(SpacedTokenizer, FilesOfTheDirectorySayBosAndEos)
+{
+    const test::TemporaryDirectory directory;
+    directory.write("tokenizer.json", spaced_json(legacy_rules));
+    const auto ids = [&] {
+        const Tokenizer tokenizer = Tokenizer::from_directory(directory.path(""));
+        return std::pair(tokenizer.bos_id(), tokenizer.eos_id());
+    };
+    EXPECT_EQ(ids(), std::pair(std::optional<std::int32_t>(), std::optional<std::int32_t>()));
+    directory.write("config.json", R"({"bos_token_id": 4, "eos_token_id": [5, 2]})");
+    EXPECT_EQ(ids(), std::pair(std::optional(4), std::optional(5)));
+    directory.write("special_tokens_map.json", R"({"bos_token": {"content": "<s>"}})");
+    EXPECT_EQ(ids(), std::pair(std::optional(1), std::optional(5)));
+    directory.write("tokenizer_config.json", R"({"bos_token": "<x>", "eos_token": "</s>", "chat_template": ""})");
+    EXPECT_EQ(ids(), std::pair(std::optional(11), std::optional(2)));
+    for (const auto& [config, named] : {std::pair(R"({"bos_token": "<y>"})", "<y>"),
+                                        std::pair(R"({"eos_token": 3})", "eos_token"),
+                                        std::pair(R"({"added_tokens_decoder": {"7": {"content": "<x>"}}})", "<x>"),
+                                        std::pair(R"({"added_tokens_decoder": {"-7": {"content": "<z>"}}})", "-7")}) {
+        directory.write("tokenizer_config.json", config);
+        try {
+            ids();
+            ADD_FAILURE() << config;
+        } catch (const Error& error) {
+            EXPECT_EQ(error.code(), ExitCode::configuration);
+            EXPECT_NE(std::string(error.what()).find(named), std::string::npos) << error.what();
+        }
+    }
+}
+
+TEST(SpacedTokenizer, WhatIsNoSentencePieceModelIsRefused)
+{
+    const test::TemporaryDirectory directory;
+    for (const std::string& content :
+         {std::string("IQ== 0\nIg== 1\n"), std::string(), std::string("\x12\x02\x18\x02", 4)}) {
+        directory.write("tokenizer.model", content);
+        try {
+            Tokenizer::from_directory(directory.path(""));
+            ADD_FAILURE() << content;
+        } catch (const Error& error) {
+            EXPECT_EQ(error.code(), ExitCode::configuration);
+            EXPECT_NE(std::string(error.what()).find("tokenizer.model"), std::string::npos) << error.what();
+        }
+    }
+}
+
 TEST(Tokenizer, MissingFileIsAnErrorOfTheConfiguration)
 {
     const test::TemporaryDirectory directory;
