@@ -34,14 +34,16 @@ struct BlockLayout {
     std::vector<Place> places;
     std::int64_t total = 0;
 
+    enum class Holds { everything, panels };
+
     BlockLayout(const DecoderConfig& config, const Engine& engine, std::span<const ParameterSpec> specs, bool with_backward,
-                DType embedding)
+                DType embedding, Holds holds)
     {
         for (std::size_t i = 0; i < specs.size(); ++i) {
             const ParameterSpec& spec = specs[i];
             const bool dense = is_dense(config, static_cast<std::int64_t>(i));
             const std::int64_t packed = dense ? 0 : engine.packed_elements(spec.rows, spec.columns, with_backward);
-            const bool in_place = dense || engine.device() == Device::cpu;
+            const bool in_place = holds == Holds::everything && (dense || engine.device() == Device::cpu);
             const bool halves = i == ParameterIndex::embedding && embedding == DType::bf16;
             add(packed > 0 ? packed : in_place ? (spec.elements() + halves) / (halves ? 2 : 1) : 0, packed > 0);
         }
@@ -117,9 +119,10 @@ Tensor shape_only(const ParameterSpec& spec)
 } // namespace
 
 struct ResidentWeights::Impl {
-    Impl(const DecoderConfig& model, Engine& used_engine, const Options& used_options, DType embedding)
+    Impl(const DecoderConfig& model, Engine& used_engine, const Options& used_options, DType embedding,
+         BlockLayout::Holds holds)
         : config(model), engine(used_engine), options(used_options), specs(decoder_parameters(model)),
-          layout(model, used_engine, specs, used_options.with_backward, embedding), layers(static_cast<std::size_t>(model.layers))
+          layout(model, used_engine, specs, used_options.with_backward, embedding, holds), layers(static_cast<std::size_t>(model.layers))
     {
     }
 
@@ -130,7 +133,7 @@ struct ResidentWeights::Impl {
     BlockLayout layout;
     std::vector<Tensor> flat; ///< parameters of the caller; empty when read from a checkpoint
     std::vector<Tensor> panels; ///< storage of packed parameters of the flat form
-    Tensor block;               ///< storage of everything when read from a checkpoint
+    Tensor block;               ///< storage of everything when read from a checkpoint; panels that several parts fill
 
     std::vector<LayerWeights> layers;
     Tensor embedding;
@@ -138,6 +141,7 @@ struct ResidentWeights::Impl {
     PackedWeight head;
 
     std::int64_t head_index() const { return ParameterIndex::head(config); }
+    bool is_mine(std::int64_t parameter) const { return parameter % options.parts == options.part; }
     bool tied() const { return head_index() == ParameterIndex::embedding; }
 
     Tensor carve(std::size_t place, std::int64_t rows, std::int64_t columns, DType dtype = DType::f32) const
@@ -207,7 +211,7 @@ void ResidentWeights::Impl::load_one(const SafetensorsReader& reader, std::size_
 {
     const auto parameter = static_cast<std::int64_t>(index);
     const ParameterSpec& spec = specs[index];
-    const bool mine = parameter % options.parts == options.part;
+    const bool mine = is_mine(parameter);
     const BlockLayout::Place& place = layout.places[index];
     Tensor values = shape_only(spec);
     if (!place.packed && place.elements > 0) {
@@ -242,6 +246,8 @@ void ResidentWeights::Impl::pack_flat()
     panels.resize(layout.places.size());
     const auto storage_of = [&](std::size_t place) {
         const BlockLayout::Place& needed = layout.places[place];
+        if (needed.packed && !block.empty())
+            return carve(place, 1, needed.elements);
         if (needed.packed && panels[place].empty())
             panels[place] = engine.allocate(1, needed.elements, DType::f32);
         return panels[place];
@@ -251,10 +257,10 @@ void ResidentWeights::Impl::pack_flat()
         if (is_dense(config, parameter))
             set_dense(parameter, flat[i]);
         else
-            set_linear(parameter, engine.pack(flat[i], options.with_backward, storage_of(i), false));
+            set_linear(parameter, engine.pack(flat[i], options.with_backward, storage_of(i), !is_mine(parameter)));
     }
     if (tied())
-        head = engine.pack(flat[0], options.with_backward, storage_of(layout.places.size() - 1), false);
+        head = engine.pack(flat[0], options.with_backward, storage_of(layout.places.size() - 1), !is_mine(0));
 }
 
 std::int64_t ResidentWeights::memory_elements(const DecoderConfig& config, const Engine& engine, bool with_backward,
@@ -262,12 +268,20 @@ std::int64_t ResidentWeights::memory_elements(const DecoderConfig& config, const
 {
     if (engine.device() != Device::cpu)
         return 0;
-    return BlockLayout(config, engine, decoder_parameters(config), with_backward, embedding_dtype(engine, dtype)).total;
+    return BlockLayout(config, engine, decoder_parameters(config), with_backward, embedding_dtype(engine, dtype),
+                       BlockLayout::Holds::everything)
+        .total;
+}
+
+std::int64_t ResidentWeights::panel_elements(const DecoderConfig& config, const Engine& engine, bool with_backward)
+{
+    return BlockLayout(config, engine, decoder_parameters(config), with_backward, DType::f32, BlockLayout::Holds::panels).total;
 }
 
 ResidentWeights::ResidentWeights(const DecoderConfig& config, Engine& engine, const SafetensorsReader& reader,
                                  const Options& options, const Tensor& memory)
-    : impl_(std::make_unique<Impl>(config, engine, options, embedding_dtype(engine, options.dtype)))
+    : impl_(std::make_unique<Impl>(config, engine, options, embedding_dtype(engine, options.dtype),
+                                   BlockLayout::Holds::everything))
 {
     SELM_EXPECT(options.parts >= 1 && options.part >= 0 && options.part < options.parts);
     if (engine.device() != Device::cpu) { // every rank has a device, and all weights on it
@@ -283,10 +297,14 @@ ResidentWeights::ResidentWeights(const DecoderConfig& config, Engine& engine, co
 }
 
 ResidentWeights::ResidentWeights(const DecoderConfig& config, Engine& engine, std::vector<Tensor> parameters,
-                                 const Options& options)
-    : impl_(std::make_unique<Impl>(config, engine, options, DType::f32))
+                                 const Options& options, const Tensor& panels)
+    : impl_(std::make_unique<Impl>(config, engine, options, DType::f32, BlockLayout::Holds::panels))
 {
-    SELM_EXPECT(options.parts == 1 && parameters.size() == impl_->specs.size());
+    SELM_EXPECT(parameters.size() == impl_->specs.size());
+    SELM_EXPECT(options.parts >= 1 && options.part >= 0 && options.part < options.parts);
+    SELM_EXPECT(!panels.empty() || options.parts == 1); // parts are filled by several ranks: the memory must be shared
+    SELM_EXPECT(panels.empty() || panels.rows * panels.columns >= impl_->layout.total);
+    impl_->block = panels;
     for (std::size_t i = 0; i < parameters.size(); ++i)
         SELM_EXPECT(parameters[i].rows == impl_->specs[i].rows && parameters[i].columns == impl_->specs[i].columns);
     impl_->flat = std::move(parameters);

@@ -81,8 +81,11 @@ void DecoderTrainer::refresh(FlatBuffers& flat)
     std::vector<Tensor> parameters;
     for (std::size_t i = 0; i < flat.parameters.size(); ++i)
         parameters.push_back(flat.view(flat.compute, i));
-    weights_ = std::make_unique<ResidentWeights>(config_, *engine_, std::move(parameters),
-                                                 ResidentWeights::Options{.dtype = dtype_, .with_backward = true});
+    const Tensor panels =
+        flat.share(ResidentWeights::panel_elements(config_, *engine_, true), "packed weights of the training");
+    const ResidentWeights::Options weights{
+        .dtype = dtype_, .with_backward = true, .part = flat.node().rank(), .parts = flat.node().size()};
+    weights_ = std::make_unique<ResidentWeights>(config_, *engine_, std::move(parameters), weights, panels);
     decoder_ = std::make_unique<Decoder>(config_, *engine_, *weights_);
     sink_ = std::make_unique<FlatSink>(flat);
 }

@@ -11,8 +11,8 @@
 
 namespace selm {
 
-/// The decoder whose weights are all trained: engine, packed weights of the flat buffer, gradients into the flat
-/// buffer.
+/// The decoder whose weights are all trained: engine, packed weights of the flat buffer (once per node, each rank packs
+/// some), gradients into the flat buffer.
 class DecoderTrainer {
   public:
     /// Reads config.json, checks the weight files, makes the engine. Not collective.

@@ -57,7 +57,7 @@ std::unique_ptr<SharedModel> SharedModel::from_directory(const std::string& dire
         m.config = DecoderConfig::from_directory(directory);
         m.engine = make_engine(engine_options(options));
         m.reader = std::make_unique<SafetensorsReader>(directory);
-        elements = ResidentWeights::memory_elements(m.config, *m.engine, false);
+        elements = ResidentWeights::memory_elements(m.config, *m.engine, false, m.dtype);
     });
 
     // NodeSharedMemory fails alike on all ranks of a node; agree() is for the other nodes. Its collectives run over the

@@ -58,8 +58,8 @@ TrainingLoop::TrainingLoop(const TrainOptions& options, std::int64_t iteration, 
                            TrainingObjective& objective, TrainingOutput& output, CheckpointBinding binding,
                            Communicator& comm)
     : options_(options), iteration_(iteration), peak_rate_(learning_rate), objective_(objective), output_(output),
-      binding_(std::move(binding)), comm_(comm), flat_(objective.parameters(), comm.size()),
-      optimizer_(flat_.layout, comm, optimizer_options(options)),
+      binding_(std::move(binding)), comm_(comm), flat_(objective.parameters(), comm, options.zero != 0),
+      optimizer_(flat_.layout, comm, optimizer_options(options), &flat_.weights),
       checkpoints_(output.checkpoints(), options.keep, flat_.parameters, flat_.layout, comm),
       steps_per_epoch_(steps_per_epoch(objective.rows(), options.global_batch)),
       total_steps_(steps_per_epoch_ * options.epochs)
@@ -91,6 +91,7 @@ void TrainingLoop::start()
     lines_ = output_.cut_metrics(state_.step);
     optimizer_.publish(flat_.compute);
     agree(comm_, "preparing the weights", [&] { objective_.refresh(flat_); });
+    flat_.fence();
 }
 
 std::vector<std::int64_t> TrainingLoop::batch_rows(std::int64_t epoch, std::int64_t epoch_step)
@@ -143,6 +144,7 @@ TrainingLoop::Step TrainingLoop::step()
         check_finite(step, bad_rows);
     optimizer_.apply(step.learning_rate, flat_.compute);
     agree(comm_, "updated weights", [&] { objective_.refresh(flat_); });
+    flat_.fence();
     ++state_.step;
     if (++state_.epoch_step == steps_per_epoch_) {
         state_.epoch_step = 0;

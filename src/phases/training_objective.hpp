@@ -9,8 +9,8 @@
 
 #include <nlohmann/json.hpp>
 
+#include "flat_buffers.hpp"
 #include "selm/comm/communicator.hpp"
-#include "selm/kernels/tensor.hpp"
 #include "selm/model/decoder_config.hpp"
 #include "selm/shard/checkpoint.hpp"
 #include "selm/shard/flat_layout.hpp"
@@ -42,29 +42,6 @@ struct StepSums {
     double mean(Sum sum) const { return values[sum] / values[rows]; }
 };
 
-/// Weights that the passes read and the gradient that they add to, both flat: one buffer each on every rank.
-struct FlatBuffers {
-    FlatBuffers(std::vector<ParameterSpec> specs, int ranks)
-        : parameters(std::move(specs)), layout(parameters, ranks), compute(layout.total(), 0.0F),
-          gradient(layout.total(), 0.0F)
-    {
-    }
-    FlatBuffers(const FlatBuffers&) = delete;
-    FlatBuffers& operator=(const FlatBuffers&) = delete;
-
-    Tensor view(std::vector<float>& buffer, std::size_t parameter) const
-    {
-        const ParameterSpec& spec = parameters[parameter];
-        return borrow_f32(buffer.data() + layout.offset(parameter), spec.rows, spec.columns);
-    }
-    std::int64_t bytes() const { return static_cast<std::int64_t>((compute.size() + gradient.size()) * sizeof(float)); }
-
-    std::vector<ParameterSpec> parameters;
-    FlatLayout layout;
-    std::vector<float> compute;
-    std::vector<float> gradient;
-};
-
 /**
  * @brief What is trained: rows, a loss of a row and its gradient. The loop around it (batches, optimizer, checkpoints,
  * metrics) is the same for all.
@@ -90,7 +67,8 @@ class TrainingObjective {
 
     /// Fills this rank's part of the start weights.
     virtual void initialise(const FlatBuffers& flat, ShardInfo shard, std::span<float> master) const = 0;
-    /// flat.compute has new values; the first call comes before any accumulate().
+    /// flat.compute has new values; the first call comes before any accumulate(). Ranks of a node may fill memory that
+    /// they share: the caller calls flat.fence() when all have returned.
     virtual void refresh(FlatBuffers& flat) = 0;
     /// The rows of accumulate() belong to this epoch (from 0) from now on.
     virtual void start_epoch(std::int64_t) {}

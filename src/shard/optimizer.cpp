@@ -25,20 +25,26 @@ class Stopwatch {
 
 } // namespace
 
-ShardedAdamW::ShardedAdamW(const FlatLayout& layout, Communicator& comm, const Options& options)
-    : layout_(layout), comm_(comm), options_(options), reduced_(layout.shard(comm.rank()))
+ShardedAdamW::ShardedAdamW(const FlatLayout& layout, Communicator& comm, const Options& options, SharedWeights* shared)
+    : layout_(layout), comm_(comm), options_(options), reduced_(layout.shard(comm.rank())), shared_(shared)
 {
     SELM_EXPECT(options.stage == 0 || options.stage == 1);
     SELM_EXPECT(layout.ranks() == comm.size());
     state_ = options.stage == 0 ? ShardInfo{0, layout.total()} : reduced_;
-    for (std::vector<float>* buffer : {&master_, &exp_avg_, &exp_avg_sq_, &gradient_})
+    for (std::vector<float>* buffer : {&exp_avg_, &exp_avg_sq_, &gradient_})
         buffer->assign(state_.size, 0.0F);
+    if (shared != nullptr && options.stage == 1 && !options.round_bf16) {
+        master_ = shared->values().subspan(state_.offset, state_.size);
+    } else {
+        own_master_.assign(state_.size, 0.0F);
+        master_ = own_master_;
+    }
 }
 
 void ShardedAdamW::reset()
 {
-    for (std::vector<float>* buffer : {&master_, &exp_avg_, &exp_avg_sq_})
-        std::fill(buffer->begin(), buffer->end(), 0.0F);
+    for (const std::span<float> buffer : {master_, std::span(exp_avg_), std::span(exp_avg_sq_)})
+        std::fill(buffer.begin(), buffer.end(), 0.0F);
     steps_done_ = 0;
 }
 
@@ -82,7 +88,8 @@ void ShardedAdamW::publish(std::span<float> compute)
 {
     SELM_EXPECT(compute.size() == layout_.total());
     const auto own = compute.subspan(state_.offset, state_.size);
-    std::copy(master_.begin(), master_.end(), own.begin());
+    if (own.data() != master_.data())
+        std::copy(master_.begin(), master_.end(), own.begin());
     if (options_.round_bf16)
         round_to_bf16(own);
     gather(compute);
@@ -100,13 +107,16 @@ void ShardedAdamW::gather(std::span<float> compute)
     if (options_.stage == 0)
         return;
     const Stopwatch time(comm_seconds_);
-    comm_.all_gather_shards(compute.subspan(reduced_.offset, reduced_.size), layout_.shard_offsets(), compute,
-                            "updated weights");
+    if (shared_ != nullptr && compute.data() == shared_->values().data())
+        shared_->spread();
+    else
+        comm_.all_gather_shards(compute.subspan(reduced_.offset, reduced_.size), layout_.shard_offsets(), compute,
+                                "updated weights");
 }
 
 std::int64_t ShardedAdamW::bytes() const
 {
-    return static_cast<std::int64_t>((master_.size() + exp_avg_.size() + exp_avg_sq_.size() + gradient_.size()) *
+    return static_cast<std::int64_t>((own_master_.size() + exp_avg_.size() + exp_avg_sq_.size() + gradient_.size()) *
                                      sizeof(float));
 }
 

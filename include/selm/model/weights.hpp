@@ -55,12 +55,16 @@ class ResidentWeights final : public WeightStore {
     /// kept alive by the caller; empty: private memory from the engine (one part). @throws Error as SafetensorsReader.
     ResidentWeights(const DecoderConfig& config, Engine& engine, const SafetensorsReader& reader, const Options& options,
                     const Tensor& memory);
+    /// f32 elements of the packed weights alone: the `panels` of the flat form.
+    static std::int64_t panel_elements(const DecoderConfig& config, const Engine& engine, bool with_backward);
     /// From flat parameters: `parameters[i]` is f32 [rows, columns] of decoder_parameters()[i], borrowed for the object's
-    /// life. Their values are used as they are: whoever wants bf16 rounds them.
-    ResidentWeights(const DecoderConfig& config, Engine& engine, std::vector<Tensor> parameters, const Options& options);
+    /// life. Their values are used as they are: whoever wants bf16 rounds them. @param panels f32 [1, panel_elements()],
+    /// filled by all parts and kept alive by the caller; empty: private memory from the engine (one part).
+    ResidentWeights(const DecoderConfig& config, Engine& engine, std::vector<Tensor> parameters, const Options& options,
+                    const Tensor& panels = {});
     ~ResidentWeights() override;
 
-    /// Repacks everything from the flat parameters after an optimizer step.
+    /// Repacks this part from the flat parameters after an optimizer step.
     void refresh();
 
     const LayerWeights& layer(std::int64_t index) override;

@@ -6,6 +6,7 @@
 
 #include "selm/comm/communicator.hpp"
 #include "selm/shard/flat_layout.hpp"
+#include "selm/shard/shared_weights.hpp"
 
 namespace selm {
 
@@ -16,6 +17,9 @@ namespace selm {
  * every rank. Both reduce gradients over the same shards in the same order, so they give the same bits. The state is
  * only addressed through `state_shard()`: stage 2 adds shards of the gradient to it (its buffer is already one), stage
  * 3 those of the compute weights.
+ *
+ * With SharedWeights as the compute weights, a node's ranks write their shards into one copy of them; at stage 1 in fp32
+ * that copy is the master weights as well.
  *
  * A step is reduce() (the caller looks at the norm and may refuse the step), then apply().
  */
@@ -29,7 +33,8 @@ class ShardedAdamW {
     };
 
     /// Not collective. Master weights and moments start at zero: fill master() before the first publish().
-    ShardedAdamW(const FlatLayout& layout, Communicator& comm, const Options& options);
+    /// @param shared compute weights that are one copy per node, borrowed; null: compute weights are every rank's own.
+    ShardedAdamW(const FlatLayout& layout, Communicator& comm, const Options& options, SharedWeights* shared = nullptr);
 
     /// The elements that this rank's master(), exp_avg() and exp_avg_sq() hold.
     ShardInfo state_shard() const { return state_; }
@@ -66,7 +71,10 @@ class ShardedAdamW {
     Options options_;
     ShardInfo reduced_; ///< what reduce_scatter gives this rank
     ShardInfo state_;
-    std::vector<float> master_, exp_avg_, exp_avg_sq_, gradient_;
+    SharedWeights* shared_;
+    std::vector<float> own_master_; ///< empty where master weights are the shared ones
+    std::span<float> master_;
+    std::vector<float> exp_avg_, exp_avg_sq_, gradient_;
     double norm_ = 0;
     std::int64_t steps_done_ = 0;
     double comm_seconds_ = 0;

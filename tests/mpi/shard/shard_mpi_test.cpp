@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include "mpi_test.hpp"
+#include "selm/kernels/engine.hpp"
 #include "selm/shard/checkpoint.hpp"
 #include "selm/shard/optimizer.hpp"
 #include "../../unit/shard/shard_test_support.hpp"
@@ -42,6 +43,51 @@ TEST(ShardedAdamWMpi, StageZeroAndOneGiveTheSameBits)
     const Trained one = train(comm, parameters, 1);
     EXPECT_EQ(zero.compute, one.compute);
     EXPECT_EQ(zero.norms, one.norms);
+}
+
+/// The same steps with weights that the ranks of `node` share.
+Trained train_shared(Communicator& comm, Communicator& node, const std::vector<ParameterSpec>& parameters, bool bf16)
+{
+    const FlatLayout layout(parameters, comm.size());
+    SharedWeights weights(layout, comm, node);
+    ShardedAdamW optimizer(layout, comm, {.max_grad_norm = 0.5, .round_bf16 = bf16}, &weights);
+    test::fill_state(optimizer, test::toy_flat(parameters, layout, 11));
+    optimizer.publish(weights.values());
+    Trained out;
+    for (std::uint32_t step = 0; step < 4; ++step) {
+        const auto gradient =
+            test::toy_flat(parameters, layout, 100 + 10 * step + static_cast<std::uint32_t>(comm.rank()));
+        out.norms.push_back(optimizer.reduce(gradient));
+        optimizer.apply(0.01, weights.values());
+    }
+    out.compute.assign(weights.values().begin(), weights.values().end());
+    // Master weights of fp32 are the shared ones: only moments and the reduced gradient are the rank's own.
+    const auto shard = static_cast<std::int64_t>(optimizer.state_shard().size * sizeof(float));
+    EXPECT_EQ(optimizer.bytes(), (bf16 ? 4 : 3) * shard);
+    EXPECT_EQ(optimizer.master().data() == weights.values().data() + optimizer.state_shard().offset, !bf16);
+    std::vector<float> full(layout.total());
+    optimizer.gather_master(full);
+    EXPECT_EQ(full == out.compute, !bf16);
+    comm.barrier("before the weights go");
+    return out;
+}
+
+TEST(ShardedAdamWMpi, SharedWeightsGiveTheSameBits)
+{
+    Communicator& comm = test::test_world();
+    const auto parameters = test::toy_parameters();
+    const Trained own = train(comm, parameters, 1);
+    const auto node = comm.split_node("node");
+    const auto alone = make_single_communicator(); // as if every rank were on a node of its own
+    for (Communicator* const ranks_of_node : {node.get(), alone.get()}) {
+        const Trained shared = train_shared(comm, *ranks_of_node, parameters, false);
+        EXPECT_EQ(shared.compute, own.compute);
+        EXPECT_EQ(shared.norms, own.norms);
+        Trained rounded = train_shared(comm, *ranks_of_node, parameters, true);
+        std::vector<float> expected = own.compute;
+        round_to_bf16(expected);
+        EXPECT_EQ(rounded.compute, expected); // gradients do not depend on the weights here
+    }
 }
 
 TEST(ShardedAdamWMpi, EqualsOneRankWithTheSummedGradient)

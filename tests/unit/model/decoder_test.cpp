@@ -463,6 +463,38 @@ TEST(ResidentWeights, SeveralPartsFillOneMemory)
     }
 }
 
+TEST(ResidentWeights, SeveralPartsPackFlatParametersIntoOneMemory)
+{
+    for (const bool tied : {true, false}) {
+        TinyModel model(tied);
+        const std::int64_t elements = ResidentWeights::panel_elements(model.config, *model.engine, true);
+        EXPECT_LT(elements, ResidentWeights::memory_elements(model.config, *model.engine, true));
+        const Tensor memory = model.engine->allocate(1, elements, DType::f32);
+        std::vector<std::unique_ptr<ResidentWeights>> parts;
+        for (int part = 0; part < 3; ++part)
+            parts.push_back(std::make_unique<ResidentWeights>(
+                model.config, *model.engine, model.parameters.tensors,
+                ResidentWeights::Options{.dtype = DType::f32, .with_backward = true, .part = part, .parts = 3}, memory));
+        for (int step = 0; step < 2; ++step) {
+            RecordingSink expected(model.config);
+            model.decoder.backward_scored(*model.decoder.forward_scored(two_rows()), coefficients(two_rows().targets.size()),
+                                          expected);
+            for (const auto& part : parts) {
+                Decoder decoder(model.config, *model.engine, *part);
+                EXPECT_EQ(decoder.log_probs(two_rows()), model.decoder.log_probs(two_rows()));
+                RecordingSink sink(model.config);
+                decoder.backward_scored(*decoder.forward_scored(two_rows()), coefficients(two_rows().targets.size()), sink);
+                EXPECT_EQ(sink.values, expected.values);
+            }
+            for (auto& values : model.parameters.values)
+                std::for_each(values.begin(), values.end(), [](float& value) { value *= 0.9F; });
+            model.weights.refresh();
+            for (const auto& part : parts)
+                part->refresh();
+        }
+    }
+}
+
 TEST(ResidentWeights, Bf16RoundsTheWeights)
 {
     TinyModel exact(true);
