@@ -8,8 +8,8 @@ int main(int argc, char** argv)
     apps::WithCommonOptions<InspectOptions> options;
     const apps::ProgramSpec spec{
         .name = "selm_inspect",
-        .purpose = "show, check or digest a file that SELM wrote",
-        .example = "FILE.h5 [--row I] [--verify] [--digest]",
+        .purpose = "show, check, digest or encode a file that SELM wrote",
+        .example = "FILE.h5 [--row I | --verify | --digest | --encode MODEL_DIR [--rows A:B] [--encoding chat|recipe]]",
         .describe = [&](OptionVisitor& visitor) { options.describe(visitor); },
         .validate = [&] { options.validate(); },
         .positional = "file"};

@@ -54,8 +54,20 @@ void CommonOptions::validate() const
 
 void EncodingOptions::describe(OptionVisitor& visitor)
 {
-    visitor.option("run", "encoding", encoding, "chat|recipe: how a prompt and a response become tokens", OptionRole::recipe);
+    describe_tokens(visitor);
+    visitor.option("run", "on-long-row", on_long_row,
+                   "recipe: a row whose middle-ranked answer goes beyond the model's context: stop|cap", OptionRole::recipe);
+}
+
+void EncodingOptions::describe_tokens(OptionVisitor& visitor)
+{
+    visitor.option("run", "encoding", encoding,
+                   "how prompt and response become tokens: chat, or recipe (to the token as the paper's authors)", OptionRole::recipe);
     visitor.option("run", "chat-format", chat_format, "name of the chat format (empty: recognised from the model directory)",
+                   OptionRole::recipe);
+    visitor.option("run", "bos-token", bos_token, "recipe: id or text of the token before prompts, or none (empty: the tokenizer's)",
+                   OptionRole::recipe);
+    visitor.option("run", "eos-token", eos_token, "recipe: id or text of the token after answers (empty: the tokenizer's)",
                    OptionRole::recipe);
     visitor.option("run", "max-length", max_length, "tokens of prompt and response together", OptionRole::recipe);
     visitor.option("run", "max-prompt-length", max_prompt_length, "tokens of the prompt", OptionRole::recipe);
@@ -64,6 +76,10 @@ void EncodingOptions::describe(OptionVisitor& visitor)
 void EncodingOptions::validate() const
 {
     validate_word("encoding", encoding, {"chat", "recipe"});
+    validate_word("on-long-row", on_long_row, {"stop", "cap"});
+    SELM_VALIDATE(encoding == "recipe" || (bos_token.empty() && eos_token.empty()), ExitCode::usage,
+                  "--" << (bos_token.empty() ? "eos" : "bos")
+                       << "-token is for --encoding recipe (chat adds no tokens but the format's). Leave it out");
     validate_range("max-prompt-length", max_prompt_length, 1);
     SELM_VALIDATE(max_length > max_prompt_length, ExitCode::usage,
                   "--max-length " << max_length << " leaves no room for a response after --max-prompt-length "

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <filesystem>
+#include <limits>
 #include <optional>
 #include <thread>
 #include <utility>
@@ -27,6 +28,7 @@
 #include "selm/phases/progress.hpp"
 #include "selm/phases/shared_model.hpp"
 #include "selm/text/encoding.hpp"
+#include "selm/text/recipe_encoding.hpp"
 #include "selm/text/utf8.hpp"
 
 namespace selm {
@@ -166,11 +168,18 @@ std::optional<GenerateReport> existing_output(const GenerateOptions& options, co
 
 // --- generation
 
-/// Tokenizer and chat format of the policy.
+/// Tokenizer, chat format and encoding of the policy.
 struct Language {
     Tokenizer tokenizer;
     ChatFormat format;
+    bool recipe = false;
     std::vector<std::int32_t> end_tokens;
+
+    std::vector<std::int32_t> prompt(std::span<const Message> messages) const
+    {
+        return recipe ? encode_prompt_recipe(tokenizer, format, messages)
+                      : encode_prompt_chat(tokenizer, format, messages, std::numeric_limits<std::int64_t>::max());
+    }
 };
 
 Language load_language(const GenerateOptions& options)
@@ -179,10 +188,13 @@ Language load_language(const GenerateOptions& options)
     const ChatFormat format = options.encoding.chat_format.empty() ? ChatFormat::recognise(options.policy, tokenizer)
                                                                    : ChatFormat::by_name(options.encoding.chat_format);
     std::vector<std::int32_t> end_tokens = end_of_sequence_ids(options.policy);
-    end_tokens.push_back(end_of_turn_id(tokenizer, format));
+    const bool recipe = options.encoding.encoding == "recipe";
+    end_tokens.push_back(
+        recipe ? recipe_ids(tokenizer, format, options.encoding.bos_token, options.encoding.eos_token).eos
+               : end_of_turn_id(tokenizer, format));
     std::sort(end_tokens.begin(), end_tokens.end());
     end_tokens.erase(std::unique(end_tokens.begin(), end_tokens.end()), end_tokens.end());
-    return {std::move(tokenizer), format, std::move(end_tokens)};
+    return {std::move(tokenizer), format, recipe, std::move(end_tokens)};
 }
 
 /// Rows to answer with their token limits, and rows whose prompt leaves no room in the context.
@@ -214,7 +226,7 @@ Plan plan_rows(const GenerateOptions& options, const DecoderConfig& config, cons
         const std::int64_t row = plan.skipped.front();
         throw data_error(cat(options.data, " row ", row, " (prompt_id \"", input.prefs->id(row), "\"): its prompt of ",
                              prompts.length(row), " tokens leaves no room for an answer in the model's context of ",
-                             config.max_positions, " (", plan.skipped.size(),
+                             config.context(), " (", plan.skipped.size(),
                              " such row(s)). Take the rows out, or pass --on-long-prompt skip"));
     }
     std::stable_sort(plan.rows.begin(), plan.rows.end(),
@@ -397,8 +409,9 @@ void log_start(const GenerateOptions& options, const Language& language, const P
     for (const std::int32_t id : language.end_tokens)
         ends += cat(ends.empty() ? "" : ", ", language.tokenizer.token_text(id).value_or("?"), " (", id, ")");
     SELM_LOG(info, "generating " << plan.rows.size() << " answers of at most " << options.max_new_tokens << " tokens, "
-                                 << (options.temperature > 0 ? "sampled" : "greedy") << ", chat format "
-                                 << language.format.name() << ", answers end at " << ends << "; " << comm.size()
+                                 << (options.temperature > 0 ? "sampled" : "greedy") << ", encoding "
+                                 << options.encoding.encoding << ", chat format " << language.format.name()
+                                 << ", answers end at " << ends << "; " << comm.size()
                                  << " rank(s) of " << slots << " slots");
     if (resumed > 0)
         SELM_LOG(info, resumed << " of them are in the journal of an earlier run");
@@ -425,8 +438,9 @@ std::optional<Answers> generate_answers(const GenerateOptions& options, const In
         language.emplace(load_language(options));
         check_vocabulary(options.policy, language->tokenizer.vocabulary_size(), config->vocabulary);
     });
-    const PromptStore prompts(*input.prefs, input.range.begin, input.range.end, language->tokenizer, language->format,
-                              comm);
+    const PromptStore prompts(
+        *input.prefs, input.range.begin, input.range.end,
+        [&](std::span<const Message> messages) { return language->prompt(messages); }, comm);
     Plan plan;
     agree(comm, "lengths of the prompts", [&] { plan = plan_rows(options, *config, input, prompts); });
     report.skipped_rows = static_cast<std::int64_t>(plan.skipped.size());
@@ -514,6 +528,7 @@ void write_output(const GenerateOptions& options, const Input& input, const Answ
         attributes.provenance = {{"engine", answers.engine},
                                  {"dtype", options.common.dtype},
                                  {"device", options.common.device},
+                                 {"encoding", options.encoding.encoding},
                                  {"chat_format", answers.chat_format},
                                  {"slots", options.slots}};
     if (!input.source.responses_digest.empty())

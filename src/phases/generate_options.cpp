@@ -50,8 +50,6 @@ void GenerateOptions::validate() const
     SELM_VALIDATE(!output.empty(), ExitCode::usage, "--output is missing (answers need a file). Pass --output iter.h5");
     SELM_VALIDATE(!policy.empty() || !responses.empty(), ExitCode::usage,
                   "--policy is missing (there is no model to answer). Pass --policy DIR, or --responses FILE|none");
-    SELM_VALIDATE(!responses.empty() || encoding.encoding == "chat", ExitCode::configuration,
-                  "--encoding " << encoding.encoding << " is not built in this version. Use --encoding chat");
     at_least("iteration", iteration, 0);
     at_least("portions", portions, 1);
     SELM_VALIDATE(portion >= 1 && portion <= portions, ExitCode::usage,

@@ -7,6 +7,7 @@
 #include <ostream>
 #include <sstream>
 
+#include "inspect_encoding.hpp"
 #include "selm/comm/agree.hpp"
 #include "selm/data/iteration.hpp"
 #include "selm/data/preferences.hpp"
@@ -363,6 +364,10 @@ void inspect(const InspectOptions& options, std::ostream& out)
     const std::string format = format_of(options.file);
     if (options.verify)
         verify_file(options.file);
+    if (!options.encode.empty()) {
+        print_encoded_rows(options, out);
+        return;
+    }
     if (options.digest) {
         out << data_digest(options.file) << "\n";
         return;
@@ -391,6 +396,10 @@ void InspectOptions::describe(OptionVisitor& visitor)
     visitor.option("inspect", "row", row, "print this row of the file (counted from 0)", OptionRole::operational);
     visitor.option("inspect", "verify", verify, "on|off: check every dataset", OptionRole::operational);
     visitor.option("inspect", "digest", digest, "on|off: print the digest of the data and nothing else", OptionRole::operational);
+    visitor.option("inspect", "encode", encode, "print the rows as token ids of the tokenizer in this directory, one line of JSON each",
+                   OptionRole::operational);
+    visitor.option("inspect", "rows", rows, "rows A:B to encode (0-based, B excluded); empty: all", OptionRole::operational);
+    encoding.describe_tokens(visitor);
 }
 
 void InspectOptions::validate() const
@@ -399,8 +408,13 @@ void InspectOptions::validate() const
         throw usage_error("no file was named (there is nothing to look into). Run selm_inspect FILE.h5");
     if (row < -1)
         throw usage_error(cat("--row ", row, " is negative (rows count from 0). Pass a row of the file"));
-    if (row >= 0 && (verify || digest))
-        throw usage_error("--row goes neither with --verify nor with --digest. Pass one of them");
+    if (row >= 0 && (verify || digest || !encode.empty()))
+        throw usage_error("--row goes with neither --verify nor --digest nor --encode. Pass one of them");
+    if (digest && !encode.empty())
+        throw usage_error("--digest does not go with --encode. Pass one of them");
+    if (encode.empty() && !rows.empty())
+        throw usage_error("--rows is for --encode DIR (which tokenizer?). Pass it, or --row I to see one row's texts");
+    encoding.validate();
 }
 
 void run_inspect(const InspectOptions& options, Communicator& comm, std::ostream& out)

@@ -39,10 +39,10 @@ struct Input {
     std::string pairs_digest;
     std::string model_digest;
 
-    WantedCandidates wanted(std::int64_t position) const
+    RowPair pair(std::int64_t position) const
     {
         const auto i = static_cast<std::size_t>(position);
-        return wanted_candidates(pairs.best[i], pairs.worst[i], reader->has_generated(position));
+        return {pairs.best[i], pairs.worst[i], reader->has_generated(position)};
     }
 };
 
@@ -63,18 +63,19 @@ Input open_input(const LogProbOptions& options, Communicator& comm)
 }
 
 LogProbAttributes attributes_of(const LogProbOptions& options, const Input& input, const std::string& engine,
-                                const std::string& format)
+                                const RowEncoder& encoder)
 {
     LogProbAttributes attributes;
     attributes.model = options.model;
     attributes.digest = input.model_digest;
     attributes.engine = engine;
     attributes.encoding = options.encoding.encoding;
-    attributes.chat_format = format;
+    attributes.chat_format = encoder.format_name();
     attributes.dtype = options.common.dtype;
     attributes.pairs_digest = input.pairs_digest;
     attributes.max_length = options.encoding.max_length;
     attributes.max_prompt_length = options.encoding.max_prompt_length;
+    attributes.extra = encoder.attributes();
     return attributes;
 }
 
@@ -83,19 +84,22 @@ bool same_values(const LogProbAttributes& a, const LogProbAttributes& b)
 {
     return a.digest == b.digest && a.engine == b.engine && a.encoding == b.encoding && a.chat_format == b.chat_format &&
            a.dtype == b.dtype && a.pairs_digest == b.pairs_digest && a.max_length == b.max_length &&
-           a.max_prompt_length == b.max_prompt_length;
+           a.max_prompt_length == b.max_prompt_length && a.extra == b.extra;
 }
 
 JournalBinding journal_binding(const LogProbAttributes& a)
 {
-    return {{"model", a.digest},
-            {"engine", a.engine},
-            {"encoding", a.encoding},
-            {"chat format", a.chat_format},
-            {"dtype", a.dtype},
-            {"pairs", a.pairs_digest},
-            {"max-length", std::to_string(a.max_length)},
-            {"max-prompt-length", std::to_string(a.max_prompt_length)}};
+    JournalBinding binding{{"model", a.digest},
+                           {"engine", a.engine},
+                           {"encoding", a.encoding},
+                           {"chat format", a.chat_format},
+                           {"dtype", a.dtype},
+                           {"pairs", a.pairs_digest},
+                           {"max-length", std::to_string(a.max_length)},
+                           {"max-prompt-length", std::to_string(a.max_prompt_length)}};
+    for (const auto& [name, value] : a.extra)
+        binding.emplace_back(name, std::visit([](const auto& one) { return cat(one); }, value));
+    return binding;
 }
 
 std::vector<std::byte> to_payload(const RowLogProbSums& row)
@@ -122,7 +126,7 @@ std::vector<std::int64_t> hand_out_order(const Input& input, const Journal& jour
     std::vector<std::pair<std::int64_t, std::int64_t>> rows; // (-bytes, position)
     for (std::int64_t i = 0; i < input.reader->rows(); ++i)
         if (!journal.is_done(i))
-            rows.emplace_back(-RowEncoder::bytes(*input.reader, i, input.wanted(i)), i);
+            rows.emplace_back(-RowEncoder::bytes(*input.reader, i, input.pair(i)), i);
     std::sort(rows.begin(), rows.end());
     std::vector<std::int64_t> order;
     for (const auto& [bytes, position] : rows)
@@ -154,7 +158,7 @@ class Scorer {
                 finished = item.state == WorkQueue::State::finished;
                 if (item.state != WorkQueue::State::item)
                     break;
-                next = encoder_.encode(*input_.reader, item.item, input_.wanted(item.item));
+                next = encoder_.encode(*input_.reader, item.item, input_.pair(item.item));
                 if (rows.empty() || tokens + next->tokens() <= budget_)
                     take(rows, tokens, std::move(next));
             }
@@ -162,7 +166,7 @@ class Scorer {
                 score(rows);
             } else if (!finished) { // wait for one
                 if (const auto item = queue.next())
-                    next = encoder_.encode(*input_.reader, *item, input_.wanted(*item));
+                    next = encoder_.encode(*input_.reader, *item, input_.pair(*item));
                 else
                     finished = true;
             }
@@ -213,7 +217,7 @@ class Scorer {
                 continue;
             const auto branch = static_cast<std::size_t>(row.branch_of[c]);
             out.sum[c] = sums[first_branch + branch];
-            out.tokens[c] = static_cast<std::int32_t>(row.branches[branch].tokens.size());
+            out.tokens[c] = static_cast<std::int32_t>(row.scored_tokens(branch));
             SELM_VALIDATE(
                 std::isfinite(out.sum[c]), ExitCode::bad_data,
                 options_.iter << " row " << row.position << " (prompt_id \"" << input_.reader->id(row.position)
@@ -307,8 +311,6 @@ void LogProbOptions::validate() const
                   "--name '" << name << "' cannot name a group. Use letters, digits, - and _");
     SELM_VALIDATE(tokens_per_microbatch >= 1, ExitCode::usage,
                   "--tokens-per-microbatch " << tokens_per_microbatch << " is too small. Use 1 or more");
-    SELM_VALIDATE(encoding.encoding == "chat", ExitCode::configuration,
-                  "--encoding " << encoding.encoding << " is not built in this version. Use --encoding chat");
 }
 
 LogProbReport run_logprob(const LogProbOptions& options, Communicator& comm)
@@ -328,7 +330,7 @@ LogProbReport run_logprob(const LogProbOptions& options, Communicator& comm)
                 << " is a reward model (it has no language-model head). Pass --model a causal language model");
         encoder.emplace(options.model, options.encoding, model->config());
     });
-    const LogProbAttributes attributes = attributes_of(options, input, model->engine().name(), encoder->format_name());
+    const LogProbAttributes attributes = attributes_of(options, input, model->engine().name(), *encoder);
     const std::string journal_of = cat(options.iter, ".logprobs-", options.name);
     if (already_there(options, input, attributes, comm)) {
         agree(comm, "leftover journal", [&] {
@@ -339,6 +341,7 @@ LogProbReport run_logprob(const LogProbOptions& options, Communicator& comm)
         SELM_LOG(info, options.iter << " has the log-probs '" << options.name << "' already");
         return report;
     }
+    encoder->check_lengths(*input.reader, [&](std::int64_t row) { return input.pair(row); }, comm);
 
     Journal journal(journal_of, journal_binding(attributes), comm);
     report.resumed_rows = static_cast<std::int64_t>(journal.done_rows().size());

@@ -1,12 +1,15 @@
 #include "packed_rows.hpp"
 
 #include <algorithm>
+#include <limits>
 #include <numeric>
 #include <optional>
 #include <string_view>
 #include <utility>
 
 #include "selm/base/error.hpp"
+#include "selm/base/log.hpp"
+#include "selm/comm/agree.hpp"
 #include "selm/phases/shared_model.hpp"
 
 namespace selm {
@@ -35,7 +38,7 @@ std::int64_t PackedRow::tokens() const
     return total;
 }
 
-WantedCandidates wanted_candidates(std::int32_t best, std::int32_t worst, bool generated)
+WantedCandidates RowPair::wanted() const
 {
     WantedCandidates wanted{};
     wanted.at(static_cast<std::size_t>(best)) = true;
@@ -45,20 +48,31 @@ WantedCandidates wanted_candidates(std::int32_t best, std::int32_t worst, bool g
     return wanted;
 }
 
-PackedRow pack_row(std::int64_t position, EncodedRow encoded, const WantedCandidates& wanted)
+PackedRow pack_row(std::int64_t position, const SequenceRow& sequences, const WantedCandidates& wanted)
 {
     PackedRow row;
     row.position = position;
-    row.trunk = std::move(encoded.prompt);
+    bool first = true;
+    for (const auto& sequence : sequences) {
+        if (!sequence)
+            continue;
+        const auto end = sequence->ids.begin() + sequence->label_start;
+        if (std::exchange(first, false))
+            row.trunk.assign(sequence->ids.begin(), end);
+        row.trunk.erase(std::mismatch(row.trunk.begin(), row.trunk.end(), sequence->ids.begin(), end).first, row.trunk.end());
+    }
+    const auto common = static_cast<std::ptrdiff_t>(row.trunk.size());
     for (std::size_t c = 0; c < wanted.size(); ++c) {
         if (!wanted[c])
             continue;
-        SELM_EXPECT(encoded.responses[c].has_value());
-        const auto same = std::find_if(row.branches.begin(), row.branches.end(),
-                                       [&](const Branch& branch) { return branch.tokens == *encoded.responses[c]; });
+        SELM_EXPECT(sequences[c].has_value());
+        Branch own{{sequences[c]->ids.begin() + common, sequences[c]->ids.end()}, sequences[c]->label_start - common};
+        const auto same = std::find_if(row.branches.begin(), row.branches.end(), [&](const Branch& branch) {
+            return branch.unscored == own.unscored && branch.tokens == own.tokens;
+        });
         row.branch_of[c] = static_cast<std::int32_t>(same - row.branches.begin());
         if (same == row.branches.end())
-            row.branches.push_back({std::move(*encoded.responses[c]), 0});
+            row.branches.push_back(std::move(own));
     }
     return row;
 }
@@ -97,47 +111,133 @@ std::vector<std::vector<std::size_t>> balance_rows(std::span<const std::int64_t>
     return rows;
 }
 
-RowEncoder::RowEncoder(const std::string& directory, const EncodingOptions& options, const DecoderConfig& config)
+RowEncoder::RowEncoder(const std::string& directory, const EncodingOptions& options)
     : tokenizer_(Tokenizer::from_directory(directory)),
       format_(chat_format(directory, options.chat_format, tokenizer_)), limits_{options.max_length,
                                                                                 options.max_prompt_length},
-      format_name_(format_.name())
+      format_name_(format_.name()), cap_(options.on_long_row == "cap"),
+      context_(std::numeric_limits<std::int64_t>::max())
 {
-    SELM_VALIDATE(options.encoding == "chat", ExitCode::configuration,
-                  "--encoding " << options.encoding << " is not built in this version. Use --encoding chat");
     limits_.validate();
+    if (options.encoding == "recipe")
+        recipe_ = recipe_ids(tokenizer_, format_, options.bos_token, options.eos_token);
+}
+
+RowEncoder::RowEncoder(const std::string& directory, const EncodingOptions& options, const DecoderConfig& config)
+    : RowEncoder(directory, options)
+{
+    context_ = config.max_positions;
+    context_text_ = config.context();
     check_vocabulary(directory, tokenizer_.vocabulary_size(), config.vocabulary);
-    SELM_VALIDATE(limits_.max_length <= config.max_positions, ExitCode::configuration,
+    SELM_VALIDATE(limits_.max_length <= context_, ExitCode::configuration,
                   "--max-length " << limits_.max_length << " is beyond the context of " << directory << " ("
-                                  << config.max_positions << " tokens). Lower it");
+                                  << context_text_ << "). Lower it");
 }
 
-EncodedRow
-RowEncoder::encode_texts(std::span<const Message> messages,
-                         const std::array<std::optional<std::string_view>, candidates_per_row>& answers) const
+h5::Attributes RowEncoder::attributes() const
 {
-    return encode_row_chat(tokenizer_, format_, messages, answers, limits_);
+    if (!recipe_)
+        return {};
+    return {{"bos_id", std::int64_t{recipe_->bos.value_or(-1)}},
+            {"eos_id", std::int64_t{recipe_->eos}},
+            {"on_long_row", std::string(cap_ ? "cap" : "stop")}};
 }
 
-PackedRow RowEncoder::encode(const IterationReader& reader, std::int64_t position, const WantedCandidates& wanted) const
+SequenceRow RowEncoder::encode_texts(std::span<const Message> messages, const Texts& answers, const RowPair& pair) const
 {
+    if (!recipe_)
+        return sequences_of(encode_row_chat(tokenizer_, format_, messages, answers, limits_));
+    return encode_row_recipe(tokenizer_, format_, messages, answers, static_cast<std::size_t>(pair.best),
+                             static_cast<std::size_t>(pair.worst), *recipe_, limits_);
+}
+
+SequenceRow RowEncoder::sequences(const IterationReader& reader, std::int64_t position, const RowPair& pair) const
+{
+    WantedCandidates wanted = pair.wanted();
+    if (recipe_ && reader.has_generated(position)) // the trunk must not depend on what is wanted
+        wanted[index(Candidate::generated)] = true;
     std::array<std::string, candidates_per_row> texts;
-    std::array<std::optional<std::string_view>, candidates_per_row> answers;
+    Texts answers;
     for (const Candidate candidate : all_candidates)
         if (wanted[index(candidate)]) {
             texts[index(candidate)] = reader.answer(position, candidate);
             answers[index(candidate)] = texts[index(candidate)];
         }
-    return pack_row(position, encode_texts(reader.messages(position), answers), wanted);
+    return with_context(cat(reader.path(), " row ", position, " (prompt_id \"", reader.id(position), "\")"),
+                        [&] { return encode_texts(reader.messages(position), answers, pair); });
+}
+
+SequenceRow RowEncoder::sequences(const PreferenceRow& row) const
+{
+    return with_context(cat("row ", row.row, " (prompt_id \"", row.id, "\")"),
+                        [&] { return encode_texts(row.messages, {std::nullopt, row.chosen, row.rejected}, {}); });
+}
+
+bool RowEncoder::too_long(const SequenceRow& sequences, const WantedCandidates& wanted) const
+{
+    for (std::size_t c = 0; c < wanted.size(); ++c)
+        if (wanted[c] && static_cast<std::int64_t>(sequences[c]->ids.size()) > context_)
+            return true;
+    return false;
+}
+
+Error RowEncoder::long_row(const IterationReader& reader, std::int64_t position, std::int64_t rows) const
+{
+    return data_error(cat(reader.path(), " row ", position, " (prompt_id \"", reader.id(position),
+                          "\"): prompt and generated answer are longer than the model's context of ", context_text_,
+                          " (the recipe does not cut an answer that is neither best nor worst; ", rows,
+                          " such row(s)). Pass --on-long-row cap, or use --encoding chat"));
+}
+
+PackedRow RowEncoder::encode(const IterationReader& reader, std::int64_t position, const RowPair& pair) const
+{
+    SequenceRow encoded = sequences(reader, position, pair);
+    const WantedCandidates wanted = pair.wanted();
+    if (too_long(encoded, wanted)) {
+        if (!cap_)
+            throw long_row(reader, position, 1);
+        for (std::size_t c = 0; c < wanted.size(); ++c)
+            if (wanted[c])
+                cap_length(*encoded[c], context_);
+    }
+    return pack_row(position, encoded, wanted);
 }
 
 PackedRow RowEncoder::encode(const PreferenceRow& row) const
 {
-    return pack_row(row.row, encode_texts(row.messages, {std::nullopt, row.chosen, row.rejected}), {false, true, true});
+    return pack_row(row.row, sequences(row), RowPair{}.wanted());
 }
 
-std::int64_t RowEncoder::bytes(const IterationReader& reader, std::int64_t position, const WantedCandidates& wanted)
+void RowEncoder::check_lengths(const IterationReader& reader, const std::function<RowPair(std::int64_t)>& pair_of,
+                               Communicator& comm) const
 {
+    constexpr auto generated = static_cast<std::int32_t>(Candidate::generated);
+    if (!recipe_)
+        return; // cut to max-length, which the context holds
+    std::int64_t first = reader.rows(), count = 0;
+    agree(comm, "lengths of the rows", [&] {
+        for (std::int64_t row = comm.rank(); row < reader.rows(); row += comm.size()) {
+            const RowPair pair = pair_of(row);
+            if (!pair.generated || pair.best == generated || pair.worst == generated ||
+                !too_long(sequences(reader, row, pair), pair.wanted()))
+                continue;
+            first = std::min(first, row);
+            ++count;
+        }
+    });
+    first = all_reduce_value(comm, first, ReduceOp::min, "first row that is too long");
+    count = all_reduce_value(comm, count, ReduceOp::sum, "rows that are too long");
+    if (count > 0 && !cap_)
+        throw long_row(reader, first, count);
+    if (count > 0)
+        SELM_LOG(warning, reader.path() << ": the generated answers of " << count
+                                        << " row(s) are cut to the model's context of " << context_text_ << ", the first in row "
+                                        << first << " (prompt_id \"" << reader.id(first) << "\")");
+}
+
+std::int64_t RowEncoder::bytes(const IterationReader& reader, std::int64_t position, const RowPair& pair)
+{
+    const WantedCandidates wanted = pair.wanted();
     std::int64_t bytes = reader.message_bytes(position);
     for (const Candidate candidate : all_candidates)
         if (wanted[index(candidate)])

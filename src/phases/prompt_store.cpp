@@ -1,16 +1,15 @@
 #include "prompt_store.hpp"
 
 #include <algorithm>
-#include <limits>
 
 #include "selm/base/error.hpp"
 #include "selm/comm/agree.hpp"
-#include "selm/text/encoding.hpp"
 
 namespace selm {
 
 PromptStore::PromptStore(const PreferencesReader& prefs, std::int64_t begin, std::int64_t end,
-                         const Tokenizer& tokenizer, const ChatFormat& format, Communicator& comm)
+                         const std::function<std::vector<std::int32_t>(std::span<const Message>)>& encode,
+                         Communicator& comm)
     : begin_(begin), node_(comm.split_node("ranks that share the prompts"))
 {
     const auto rows = static_cast<std::size_t>(end - begin);
@@ -20,11 +19,7 @@ PromptStore::PromptStore(const PreferencesReader& prefs, std::int64_t begin, std
     agree(comm, "tokenising the prompts", [&] {
         for (std::size_t i = rank; i < rows; i += ranks) {
             const auto row = begin + static_cast<std::int64_t>(i);
-            with_context(cat(prefs.path(), " row ", row), [&] {
-                const std::vector<Message> messages = prefs.messages(row);
-                mine.push_back(
-                    encode_prompt_chat(tokenizer, format, messages, std::numeric_limits<std::int64_t>::max()));
-            });
+            with_context(cat(prefs.path(), " row ", row), [&] { mine.push_back(encode(prefs.messages(row))); });
             lengths[i] = static_cast<std::int64_t>(mine.back().size());
         }
     });

@@ -41,18 +41,26 @@ void compare(const std::string& path, const std::string& name, const char* what,
                           "this training");
 }
 
-void check_reference(const TrainOptions& options, const Rows& rows, const std::string& format,
-                     const std::string& engine)
+std::string text_of(const h5::Attributes& attributes, const std::string& name)
+{
+    const auto found = attributes.find(name);
+    return found == attributes.end() ? "none" : std::visit([](const auto& one) { return cat(one); }, found->second);
+}
+
+void check_reference(const TrainOptions& options, const Rows& rows, const RowEncoder& encoder, const std::string& engine)
 {
     const LogProbAttributes& a = rows.reference.attributes;
     const std::string& path = options.iter;
     const std::string& name = options.reference;
     compare(path, name, "model", a.digest, rows.model_digest);
     compare(path, name, "encoding", a.encoding, options.encoding.encoding);
-    compare(path, name, "chat format", a.chat_format, format);
+    compare(path, name, "chat format", a.chat_format, encoder.format_name());
     compare(path, name, "max-length", std::to_string(a.max_length), std::to_string(options.encoding.max_length));
     compare(path, name, "max-prompt-length", std::to_string(a.max_prompt_length),
             std::to_string(options.encoding.max_prompt_length));
+    const h5::Attributes own = encoder.attributes();
+    for (const auto& entry : own)
+        compare(path, name, entry.first.c_str(), text_of(a.extra, entry.first), text_of(own, entry.first));
     compare(path, name, "dtype", a.dtype, options.common.dtype);
     compare(path, name, "choice of pairs", a.pairs_digest, rows.pairs_digest);
     if (a.engine != engine)
@@ -108,7 +116,7 @@ class SelmObjective final : public TrainingObjective {
         std::vector<PackedRow> packed;
         PackedBatch batch;
         for (const std::int64_t row : rows) {
-            packed.push_back(encoder_.encode(*rows_.reader, row, wanted(row)));
+            packed.push_back(encoder_.encode(*rows_.reader, row, pair(row)));
             batch.add_scored(packed.back().trunk, packed.back().branches);
         }
         const auto pass = model_->decoder().forward_scored(batch);
@@ -150,10 +158,10 @@ class SelmObjective final : public TrainingObjective {
     bool optimism(std::int64_t row) const { return alpha_ != 0 && rows_.reader->has_generated(row); }
 
     /// Answers that the loss of a row reads: without the optimism term the generated one counts only as best or worst.
-    WantedCandidates wanted(std::int64_t row) const
+    RowPair pair(std::int64_t row) const
     {
         const auto i = static_cast<std::size_t>(row);
-        return wanted_candidates(rows_.pairs.best[i], rows_.pairs.worst[i], optimism(row));
+        return {rows_.pairs.best[i], rows_.pairs.worst[i], optimism(row)};
     }
     const RowEncoder& encoder() const { return encoder_; }
     const IterationReader& reader() const { return *rows_.reader; }
@@ -263,12 +271,13 @@ SelmObjectiveParts make_selm_objective(const TrainOptions& options, Communicator
     agree(comm, "opening the policy", [&] {
         model = std::make_unique<DecoderTrainer>(options, false);
         encoder.emplace(options.policy, options.encoding, model->config());
-        check_reference(options, rows, encoder->format_name(), model->engine().name());
+        check_reference(options, rows, *encoder, model->engine().name());
     });
     auto objective = std::make_unique<SelmObjective>(options, parts.alpha, parts.beta, std::move(model),
                                                      std::move(*encoder), std::move(rows));
+    objective->encoder().check_lengths(objective->reader(), [&](std::int64_t row) { return objective->pair(row); }, comm);
     objective->set_costs(gather_costs(objective->rows(), comm, [&](std::int64_t row) {
-        return objective->encoder().encode(objective->reader(), row, objective->wanted(row)).tokens();
+        return objective->encoder().encode(objective->reader(), row, objective->pair(row)).tokens();
     }));
     parts.objective = std::move(objective);
     return parts;

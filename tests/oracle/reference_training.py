@@ -30,15 +30,18 @@ class Encoding:
         ids.append(self.tokenizer.convert_tokens_to_ids(self.end_of_turn))
         return ids[:self.max_length - prompt_tokens]
 
+    def training_row(self, row):
+        """(prompt ids, response ids) of best, worst and generated (None: there is none)."""
+        prompt = self.prompt(row["messages"])
+        return {name: None if row[name] is None else (prompt, self.response(row[name], len(prompt)))
+                for name in ("best", "worst", "generated")}
 
-def sequence_log_probs(model, encoding, messages_list, texts):
-    """Sums of log-probs of the response tokens, one right-padded forward over all; differentiable. Also the counts."""
-    sequences, labels = [], []
-    for messages, text in zip(messages_list, texts):
-        prompt = encoding.prompt(messages)
-        response = encoding.response(text, len(prompt))
-        sequences.append(prompt + response)
-        labels.append([IGNORED] * len(prompt) + response)
+
+def sequence_log_probs(model, pairs):
+    """Sums of log-probs of the response tokens of (prompt ids, response ids), one right-padded forward over all;
+    differentiable. Also the counts."""
+    sequences = [prompt + response for prompt, response in pairs]
+    labels = [[IGNORED] * len(prompt) + response for prompt, response in pairs]
     width = max(map(len, sequences))
     ids = torch.tensor([s + [0] * (width - len(s)) for s in sequences])
     mask = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in sequences])
@@ -52,12 +55,12 @@ def sequence_log_probs(model, encoding, messages_list, texts):
 def row_log_probs(model, encoding, rows):
     """[best, worst, generated] sums; generated is NaN where a row has none. Policy forwards as the authors': chosen and
     rejected together, the generated answer apart."""
-    messages = [row["messages"] for row in rows]
-    pair, _ = sequence_log_probs(model, encoding, messages + messages, [r["best"] for r in rows] + [r["worst"] for r in rows])
-    have = [i for i, row in enumerate(rows) if row["generated"] is not None]
+    encoded = [encoding.training_row(row) for row in rows]
+    pair, _ = sequence_log_probs(model, [row["best"] for row in encoded] + [row["worst"] for row in encoded])
+    have = [i for i, row in enumerate(encoded) if row["generated"] is not None]
     generated = torch.full((len(rows),), float("nan"), dtype=torch.double)
     if have:
-        sums, _ = sequence_log_probs(model, encoding, [messages[i] for i in have], [rows[i]["generated"] for i in have])
+        sums, _ = sequence_log_probs(model, [encoded[i]["generated"] for i in have])
         generated = generated.index_put((torch.tensor(have),), sums)
     return pair[:len(rows)], pair[len(rows):], generated
 

@@ -43,12 +43,15 @@ struct CommonOptions {
 
 /// Keys that generation, log-probs and training must agree on ([run]).
 struct EncodingOptions {
-    std::string encoding = "chat";           ///< chat | recipe
+    std::string encoding = "chat";           ///< chat | recipe (the authors': selm/text/recipe_encoding.hpp)
     std::string chat_format;                 ///< empty: recognised from the model directory
+    std::string bos_token, eos_token;        ///< recipe: id or text of a token, BOS also "none"; empty: the tokenizer's
     std::int64_t max_length = 1024;          ///< tokens of prompt + response
     std::int64_t max_prompt_length = 512;    ///< tokens
+    std::string on_long_row = "stop";        ///< stop | cap: recipe rows that are longer than the model's context
 
     void describe(OptionVisitor& visitor);
+    void describe_tokens(OptionVisitor& visitor); ///< all but on-long-row: what needs no model
     void validate() const;
 };
 

@@ -52,8 +52,8 @@ struct GenerateReport {
  *
  * The data depend on neither the number of ranks nor slots (where the engine is row invariant; else a warning is logged).
  * Finished rows are journalled beside `output`: a rerun after any end, on any number of ranks, does only the others.
- * A generated answer ends at the chat format's end-of-turn token, at an eos_token_id of the model directory
- * (generation_config.json, else config.json), or by length.
+ * A generated answer ends at the chat format's end-of-turn token (with the recipe's encoding at EOS instead), at an
+ * eos_token_id of the model directory (generation_config.json, else config.json), or by length.
  *
  * @throws Error configuration: no such policy, tokenizer and model that do not belong together, unknown chat format;
  * bad_data: unreadable data, a prompt that leaves no room in the model's context, responses that do not match the rows, an

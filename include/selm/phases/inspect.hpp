@@ -15,6 +15,9 @@ struct InspectOptions {
     std::int64_t row = -1;  ///< position in the file to print; -1: none
     bool verify = false;    ///< check every dataset
     bool digest = false;    ///< print the hexadecimal data digest and nothing else
+    std::string encode = {}; ///< directory of a tokenizer: print the rows as its token ids, one line of JSON each
+    std::string rows = {};  ///< encode: positions A:B; empty: all
+    EncodingOptions encoding = {}; ///< encode; rows of any length are shown as they are (on_long_row needs a model)
 
     void describe(OptionVisitor& visitor);
     void validate() const; ///< @throws Error usage
@@ -22,7 +25,7 @@ struct InspectOptions {
 
 /**
  * @brief Prints what is in a file that SELM wrote: kind, provenance, counts, lengths, ranking statistics; or one row; or its
- * digest; or checks it. Root works and writes to @p out; collective (the other ranks share its success or error).
+ * digest; or its rows as token ids; or checks it. Root works and writes to @p out; collective (the other ranks share its success or error).
  * @throws Error bad_data: not such a file, no such row, or the first problem found by verify.
  */
 void run_inspect(const InspectOptions& options, Communicator& comm, std::ostream& out);

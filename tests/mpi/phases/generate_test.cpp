@@ -166,6 +166,53 @@ TEST_F(Generate, DataDependOnNeitherRanksNorSlots)
     }
 }
 
+TEST_F(Generate, RecipeReadsTheTokenizersOwnTokensAndStopsAtEos)
+{
+    on_root([&] {
+        const std::string file = path("model") + "/tokenizer.json", none = "\"post_processor\": null";
+        std::string text = read_file(file);
+        ASSERT_NE(text.find(none), std::string::npos);
+        text.replace(text.find(none), none.size(),
+                     R"("post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}},
+ {"Sequence": {"id": "A", "type_id": 0}}], "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+ "special_tokens": {"<|im_start|>": {"id": "<|im_start|>", "ids": [1], "tokens": ["<|im_start|>"]}}})");
+        write_file_atomically(file, text);
+    });
+    options_.encoding.encoding = "recipe";
+    options_.temperature = 1;
+    run_generate(options_, test_world());
+    const auto model = SharedModel::from_directory(options_.policy, options_.common, test_world());
+    const IterationReader file(options_.output);
+    const Tokenizer tokenizer = Tokenizer::from_directory(options_.policy);
+    for (std::int64_t i = 0; i < file.rows(); ++i) {
+        const GeneratedAnswer answer = file.row(i).generated;
+        auto prompt = encode_prompt_chat(tokenizer, ChatFormat::by_name("chatml"), file.messages(i), 512);
+        prompt.insert(prompt.begin(), 1);
+        PackedBatch batch;
+        const Branch branch{answer.tokens, 0};
+        batch.add_scored(prompt, std::span(&branch, 1));
+        const std::vector<float> expected = model->decoder().log_probs(batch);
+        for (std::size_t t = 0; t < expected.size(); ++t)
+            EXPECT_NEAR(answer.logprobs[t], expected[t], 2e-4) << "row " << i << " token " << t;
+    }
+    // The same answers up to a token that is now EOS; 2 is the eos_token_id of config.json and still ends them.
+    const std::int32_t eos = file.tokens(0).at(1);
+    options_.encoding.eos_token = std::to_string(eos);
+    options_.output = path("other.h5");
+    run_generate(options_, test_world());
+    const IterationReader other(options_.output);
+    std::int64_t at_eos = 0;
+    for (std::int64_t i = 0; i < file.rows(); ++i) {
+        std::vector<std::int32_t> expected = file.tokens(i);
+        const auto end = std::find(expected.begin(), expected.end(), eos);
+        at_eos += end != expected.end();
+        expected.erase(end == expected.end() ? end : end + 1, expected.end());
+        EXPECT_EQ(other.tokens(i), expected) << i;
+        EXPECT_EQ(other.finish_reason(i) == FinishReason::stop, expected.back() == eos || expected.back() == 2) << i;
+    }
+    EXPECT_GT(at_eos, 0);
+}
+
 TEST_F(Generate, StoresAnswersWithTheirLogProbs)
 {
     options_.temperature = 1;
@@ -464,7 +511,8 @@ TEST_F(Generate, SaysWhatIsMissingBeforeAnyWork)
     expect_error(options, ExitCode::usage, {"--top-p"});
     options = options_;
     options.encoding.encoding = "recipe";
-    expect_error(options, ExitCode::configuration, {"--encoding"});
+    options.encoding.eos_token = "<nothing>";
+    expect_error(options, ExitCode::configuration, {"--eos-token", "<nothing>"});
 }
 
 } // namespace

@@ -33,20 +33,21 @@ class LogProb : public test::TrainingFixture {
 
 TEST_F(LogProb, DataDependOnNeitherRanksNorMicrobatches)
 {
-    for (const char* dtype : {"fp32", "bf16"}) {
+    for (const auto& [dtype, encoding] : {std::pair("fp32", "chat"), std::pair("bf16", "chat"), std::pair("fp32", "recipe")}) {
         LogProbOptions options = logprob_options_;
         options.common.dtype = dtype;
+        options.encoding.encoding = encoding;
         options.tokens_per_microbatch = 1;
-        options.iter = copy_of_rows(cat("alone-", dtype, ".h5"));
+        options.iter = copy_of_rows(cat("alone-", dtype, encoding, ".h5"));
         run_alone(options);
         const std::string expected = digest(options.iter);
         for (const std::int64_t tokens : {1, 150, 100000}) {
             options.tokens_per_microbatch = tokens;
-            options.iter = copy_of_rows(cat("together-", dtype, "-", tokens, ".h5"));
+            options.iter = copy_of_rows(cat("together-", dtype, encoding, "-", tokens, ".h5"));
             const LogProbReport report = run_logprob(options, test_world());
             EXPECT_EQ(report.outcome, Outcome::done);
             EXPECT_EQ(report.rows, row_count);
-            EXPECT_EQ(digest(options.iter), expected) << dtype << " " << tokens;
+            EXPECT_EQ(digest(options.iter), expected) << dtype << " " << encoding << " " << tokens;
         }
     }
 }
@@ -73,7 +74,7 @@ TEST_F(LogProb, SumsAreThoseOfEachAnswerAloneAndOthersAreNaN)
             if (!wanted)
                 continue;
             // The plain way: prompt and this answer as one sequence without branches.
-            const PackedRow packed = encoder.encode(file, i, wanted_candidates(c, c, false));
+            const PackedRow packed = encoder.encode(file, i, RowPair{c, c, false});
             std::vector<std::int32_t> all = packed.trunk;
             all.insert(all.end(), packed.branches[0].tokens.begin(), packed.branches[0].tokens.end());
             PackedBatch batch;
@@ -89,6 +90,39 @@ TEST_F(LogProb, SumsAreThoseOfEachAnswerAloneAndOthersAreNaN)
     }
     EXPECT_GT(absent,
               2); // the two rows without an answer, and the third answer of rows whose generated one is in the pair
+}
+
+TEST_F(LogProb, PromptsThatDifferGiveTheSumsOfEachSequenceAlone)
+{
+    const auto model = SharedModel::from_directory(path("model"), common(), test_world());
+    // A prompt that ends otherwise before one answer; prompts with nothing in common.
+    const std::vector<SequenceRow> rows{
+        {LabelledSequence{{1, 40, 41, 42, 50, 51}, 4}, LabelledSequence{{1, 40, 41, 60, 61}, 3}, LabelledSequence{{1, 40, 41, 42, 70}, 4}},
+        {std::nullopt, LabelledSequence{{40, 41, 42, 50}, 3}, LabelledSequence{{41, 42, 60, 61, 62}, 2}}};
+    PackedBatch batch;
+    for (const SequenceRow& row : rows) {
+        const PackedRow packed = pack_row(0, row, {row[0].has_value(), true, true});
+        EXPECT_EQ(packed.trunk.size(), row[0] ? 3U : 0U);
+        batch.add_scored(packed.trunk, packed.branches);
+    }
+    const std::vector<float> values = model->decoder().log_probs(batch);
+    std::vector<double> sums(5, 0.0);
+    for (std::size_t i = 0; i < values.size(); ++i)
+        sums[static_cast<std::size_t>(batch.owner[i])] += static_cast<double>(values[i]);
+    std::size_t next = 0;
+    for (const SequenceRow& row : rows)
+        for (const auto& sequence : row) {
+            if (!sequence)
+                continue;
+            PackedBatch alone;
+            alone.add_scored(std::span(sequence->ids).first(1),
+                             std::vector<Branch>{{{sequence->ids.begin() + 1, sequence->ids.end()}, sequence->label_start - 1}});
+            double expected = 0;
+            for (const float value : model->decoder().log_probs(alone))
+                expected += static_cast<double>(value);
+            EXPECT_NEAR(sums[next++], expected, 2e-5 * std::abs(expected));
+        }
+    EXPECT_EQ(next, sums.size());
 }
 
 TEST_F(LogProb, AttributesSayWhatTheyWereMadeOf)

@@ -129,7 +129,8 @@ TEST(Options, CommonOnesAreDescribed)
     EXPECT_EQ(recorder.names,
               (std::vector<std::string>{"run.seed", "run.threads operational", "run.device operational", "run.dtype",
                                         "run.engine operational", "run.progress operational", "run.encoding", "run.chat-format",
-                                        "run.max-length", "run.max-prompt-length"}));
+                                        "run.bos-token", "run.eos-token", "run.max-length", "run.max-prompt-length",
+                                        "run.on-long-row"}));
 }
 
 TEST(Options, DefaultsAreValidAndBadWordsAreNot)
@@ -156,6 +157,14 @@ TEST(Options, DefaultsAreValidAndBadWordsAreNot)
     encoding = {};
     encoding.encoding = "raw";
     EXPECT_EQ(code_of([&] { encoding.validate(); }), ExitCode::usage);
+    encoding = {};
+    encoding.on_long_row = "skip";
+    EXPECT_EQ(code_of([&] { encoding.validate(); }), ExitCode::usage);
+    encoding = {};
+    encoding.eos_token = "2"; // nothing would be made of it
+    EXPECT_EQ(code_of([&] { encoding.validate(); }), ExitCode::usage);
+    encoding.encoding = "recipe";
+    encoding.validate();
 }
 
 } // namespace

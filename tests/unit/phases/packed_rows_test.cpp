@@ -20,43 +20,75 @@ std::vector<std::int64_t> random_costs(std::size_t count)
     return costs;
 }
 
-EncodedRow encoded_row()
+SequenceRow sequence_row()
 {
     EncodedRow row;
     row.prompt = {1, 2, 3};
     row.responses[0] = std::vector<std::int32_t>{7, 8};
     row.responses[1] = std::vector<std::int32_t>{9};
     row.responses[2] = std::vector<std::int32_t>{7, 8};
-    return row;
+    return sequences_of(row);
 }
 
 TEST(PackRow, EqualAnswersShareABranch)
 {
-    const PackedRow row = pack_row(4, encoded_row(), {true, true, true});
+    const PackedRow row = pack_row(4, sequence_row(), {true, true, true});
+    EXPECT_EQ(row.trunk, (std::vector<std::int32_t>{1, 2, 3}));
     ASSERT_EQ(row.branches.size(), 2U);
     EXPECT_EQ(row.branch_of, (std::array<std::int32_t, 3>{0, 1, 0}));
     EXPECT_EQ(row.branches[0].tokens, (std::vector<std::int32_t>{7, 8}));
+    EXPECT_EQ(row.branches[0].unscored, 0);
     EXPECT_EQ(row.tokens(), 3 + 2 + 1);
     EXPECT_EQ(row.position, 4);
 }
 
 TEST(PackRow, UnwantedAnswersAreNotComputed)
 {
-    const PackedRow row = pack_row(0, encoded_row(), {false, true, false});
+    const PackedRow row = pack_row(0, sequence_row(), {false, true, false});
     ASSERT_EQ(row.branches.size(), 1U);
     EXPECT_EQ(row.branch_of, (std::array<std::int32_t, 3>{-1, 0, -1}));
     EXPECT_EQ(row.tokens(), 4);
-    EncodedRow without = encoded_row();
-    without.responses[0].reset();
+    SequenceRow without = sequence_row();
+    without[0].reset();
     EXPECT_THROW(pack_row(0, without, {true, true, true}), Error);
 }
 
-TEST(WantedCandidates, AreTheBestTheWorstAndTheGeneratedOne)
+TEST(PackRow, PromptsThatDifferShareTheirBeginning)
 {
-    EXPECT_EQ(wanted_candidates(1, 2, true), (WantedCandidates{true, true, true}));
-    EXPECT_EQ(wanted_candidates(1, 2, false), (WantedCandidates{false, true, true}));
-    EXPECT_EQ(wanted_candidates(0, 2, false), (WantedCandidates{true, false, true}));
-    EXPECT_EQ(wanted_candidates(1, 1, false), (WantedCandidates{false, true, false}));
+    const SequenceRow row{LabelledSequence{{1, 2, 3, 7}, 3}, LabelledSequence{{1, 2, 9, 7}, 3}, LabelledSequence{{1, 2, 3, 7}, 2}};
+    const PackedRow packed = pack_row(0, row, {true, true, true});
+    EXPECT_EQ(packed.trunk, (std::vector<std::int32_t>{1, 2}));
+    ASSERT_EQ(packed.branches.size(), 3U); // the same tokens, scored from another one on, are another answer
+    EXPECT_EQ(packed.branches[0].tokens, (std::vector<std::int32_t>{3, 7}));
+    EXPECT_EQ(packed.branches[1].tokens, (std::vector<std::int32_t>{9, 7}));
+    EXPECT_EQ(packed.branches[2].tokens, (std::vector<std::int32_t>{3, 7}));
+    EXPECT_EQ(packed.scored_tokens(0), 1);
+    EXPECT_EQ(packed.scored_tokens(1), 1);
+    EXPECT_EQ(packed.scored_tokens(2), 2);
+    // What is wanted changes the branches, not the trunk.
+    EXPECT_EQ(pack_row(0, row, {true, false, false}).trunk, packed.trunk);
+}
+
+TEST(PackRow, PromptsWithNothingInCommonHaveNoTrunk)
+{
+    const PackedRow packed =
+        pack_row(0, {std::nullopt, LabelledSequence{{1, 2, 3}, 2}, LabelledSequence{{2, 3, 4}, 1}}, {false, true, true});
+    EXPECT_TRUE(packed.trunk.empty());
+    ASSERT_EQ(packed.branches.size(), 2U);
+    EXPECT_EQ(packed.branches[0].unscored, 2);
+    EXPECT_EQ(packed.branches[1].unscored, 1);
+    EXPECT_EQ(packed.tokens(), 6);
+}
+
+TEST(RowPair, WantsTheBestTheWorstAndTheGeneratedOne)
+{
+    const auto wanted = [](std::int32_t best, std::int32_t worst, bool generated) {
+        return RowPair{best, worst, generated}.wanted();
+    };
+    EXPECT_EQ(wanted(1, 2, true), (WantedCandidates{true, true, true}));
+    EXPECT_EQ(wanted(1, 2, false), (WantedCandidates{false, true, true}));
+    EXPECT_EQ(wanted(0, 2, false), (WantedCandidates{true, false, true}));
+    EXPECT_EQ(wanted(1, 1, false), (WantedCandidates{false, true, false}));
 }
 
 TEST(MicrobatchEnds, KeepTheBudgetAndARowAboveItIsAlone)
