@@ -73,11 +73,14 @@ std::size_t longest_shard(std::span<const std::size_t> offsets)
     return longest;
 }
 
-/// Elements of each shard that one round moves, so that a round's buffers stay within the message limit.
+/// Bytes of a round's buffer, at most: gradients of gigabytes must not exist twice.
+constexpr std::size_t most_bytes_per_round = std::size_t{64} << 20;
+
+/// Elements of each shard that one round moves, so that a round's buffers stay small and within the message limit.
 template<typename T>
 std::size_t elements_per_round(std::size_t ranks)
 {
-    return std::max<std::size_t>(1, max_message_bytes() / sizeof(T) / ranks);
+    return std::max<std::size_t>(1, std::min(max_message_bytes(), most_bytes_per_round) / sizeof(T) / ranks);
 }
 
 template<typename T>
