@@ -120,7 +120,8 @@ std::string model_digest(const std::string& directory)
     Hasher hasher;
     hasher.update(SafetensorsReader(directory).digest());
     for (const char* name :
-         {"config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"}) {
+         {"config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+          "chat_template.jinja", "generation_config.json"}) {
         const std::string path = cat(directory, "/", name);
         if (std::filesystem::exists(path))
             hasher.update(cat("\n", name, " ", hash_file(path)));

@@ -48,7 +48,7 @@ class SharedModel {
 };
 
 /// Digest of what a model directory computes: weights (however sharded), config.json, generation_config.json,
-/// tokenizer.json and the chat template.
+/// the tokenizer's files and the chat template.
 /// Reads everything; not collective. @throws Error configuration or bad_data naming the file.
 std::string model_digest(const std::string& directory);
 
