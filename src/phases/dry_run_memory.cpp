@@ -7,6 +7,7 @@
 #include "selm/model/decoder.hpp"
 #include "selm/model/pair_model.hpp"
 #include "selm/model/weights.hpp"
+#include "selm/phases/shared_model.hpp"
 #include "selm/rank/ranker.hpp"
 
 namespace selm {
@@ -22,27 +23,14 @@ std::int64_t sum(const PhaseMemory::Parts& parts)
     return total;
 }
 
-std::int64_t shared_weights(const DecoderConfig& config, const Engine& engine)
+std::int64_t shared_weights(const DecoderConfig& config, const Engine& engine, const CommonOptions& common)
 {
-    return float_bytes * ResidentWeights::memory_elements(config, engine, false);
+    return float_bytes * ResidentWeights::memory_elements(config, engine, false, parse_dtype(common.dtype));
 }
 
 std::int64_t round_up(std::int64_t value, std::int64_t multiple)
 {
     return (value + multiple - 1) / multiple * multiple;
-}
-
-/// Panels of the weights that training multiplies with; embedding and norms are used from the flat parameters.
-std::int64_t training_panels(const DecoderConfig& config, const Engine& engine)
-{
-    const auto parameters = decoder_parameters(config);
-    std::int64_t elements = 0;
-    for (std::size_t i = 1; i < parameters.size(); ++i)
-        if (parameters[i].parts.front().shape.size() == 2)
-            elements += engine.packed_elements(parameters[i].rows, parameters[i].columns, true);
-    if (ParameterIndex::head(config) == ParameterIndex::embedding)
-        elements += engine.packed_elements(config.vocabulary, config.hidden, true);
-    return float_bytes * elements;
 }
 
 } // namespace
@@ -74,7 +62,7 @@ PhaseMemory generate_memory(const GenerateOptions& options, const DecoderConfig&
 {
     const std::int64_t sequence = std::min(options.encoding.max_prompt_length + options.max_new_tokens, policy.max_positions);
     const std::int64_t keys_and_values = 2 * policy.layers * policy.kv_heads * policy.head_dim * round_up(sequence, prefill_tile);
-    PhaseMemory memory{"generate", {}, {{"weights", shared_weights(policy, engine)}}, {}};
+    PhaseMemory memory{"generate", {}, {{"weights", shared_weights(policy, engine, options.common)}}, {}};
     memory.per_rank = {
         {"keys and values", float_bytes * options.slots * keys_and_values},
         {"activations",
@@ -102,7 +90,7 @@ PhaseMemory rank_memory(const RankOptions& options, std::int64_t max_new_tokens,
             continue;
         }
         const DecoderConfig config = DecoderConfig::from_directory(spec.path);
-        memory.per_node.emplace_back("weights of " + word, shared_weights(config, engine));
+        memory.per_node.emplace_back("weights of " + word, shared_weights(config, engine, options.common));
         memory.per_rank.emplace_back("activations of " + word,
                                      decoder_activation_bytes(config, engine.activation_dtype(), tokens, candidates_per_row, false));
     }
@@ -115,7 +103,7 @@ PhaseMemory logprob_memory(const LogProbOptions& options, std::int64_t max_new_t
     const std::int64_t tokens = most_tokens(options.tokens_per_microbatch, options.encoding, max_new_tokens);
     return {"logprob",
             {{"activations", decoder_activation_bytes(policy, engine.activation_dtype(), tokens, tokens, false)}},
-            {{"weights", shared_weights(policy, engine)}},
+            {{"weights", shared_weights(policy, engine, options.common)}},
             {}};
 }
 
@@ -125,13 +113,17 @@ PhaseMemory train_memory(const TrainOptions& options, std::int64_t max_new_token
     const std::int64_t tokens = most_tokens(options.tokens_per_microbatch, options.encoding, max_new_tokens);
     const auto whole = static_cast<std::int64_t>(layout.total());
     const auto shard = options.zero == 0 ? whole : static_cast<std::int64_t>(layout.shard(0).size); // the first is the largest
+    // Beside both moments and the reduced gradient: master weights, which in fp32 are the shared weights themselves.
+    const bool own_master = options.zero == 0 || parse_dtype(options.common.dtype) == DType::bf16;
     PhaseMemory memory{"train", {}, {}, {}};
-    memory.per_rank = {{"parameters", float_bytes * whole},
-                       {"packed weights", training_panels(policy, engine)},
-                       {"gradients", float_bytes * whole},
-                       // master weights, two moments, the reduced gradient
-                       {"optimizer shard", 4 * float_bytes * shard},
-                       {"activations", decoder_activation_bytes(policy, engine.activation_dtype(), tokens, tokens, true)}};
+    auto& weights = options.zero == 0 ? memory.per_rank : memory.per_node;
+    weights = {{"parameters", float_bytes * whole},
+               {"packed weights", float_bytes * ResidentWeights::panel_elements(policy, engine, true)}};
+    for (const auto& part :
+         {std::pair{"gradients", float_bytes * whole},
+          {"optimizer shard", (own_master ? 4 : 3) * float_bytes * shard},
+          {"activations", decoder_activation_bytes(policy, engine.activation_dtype(), tokens, tokens, true)}})
+        memory.per_rank.emplace_back(part);
     return memory;
 }
 
