@@ -85,10 +85,10 @@ expect_count 1 '^missing +policy weights: shape'
 expect_count 1 'each with one owner among 64 ranks'
 expect_count 1 '^rows +13 in 2 portion\(s\) of 6 \(1 unused\), 3 held out'
 plan=$("$bin/selm_iter" --config recipe.cfg --dry-run --ranks 2 --format json)
-planned=$(grep '"rank_bytes"' <<<"$plan" | tail -1 | tr -dc 0-9)
+planned=$(grep '"node_bytes"' <<<"$plan" | tail -1 | tr -dc 0-9)
 used=$(sed 's/.*"peak_bytes":\([0-9]*\).*/\1/' whole/iter?/policy/metrics.jsonl | sort -n | tail -1)
 checks=$((checks + 1))
-[ "$used" -gt 0 ] && [ "$used" -le "$planned" ] || fail "training used $used bytes of a rank, $planned were planned"
+[ "$used" -gt 0 ] && [ $((2 * used)) -le "$planned" ] || fail "training used $used bytes of each of two ranks, $planned were planned for both"
 checks=$((checks + 1))
 [ ! -e RUN ] || fail "a dry run wrote something"
 # A recipe that cannot run: one message, before anything is done.
