@@ -1,6 +1,7 @@
 #include "tokenizer_reader.hpp"
 
 #include <algorithm>
+#include <unordered_set>
 #include <utility>
 
 #include "tokenizer_components.hpp"
@@ -77,14 +78,19 @@ std::unique_ptr<Bpe> read_model(const Json& root)
     return std::make_unique<Bpe>(std::move(definition));
 }
 
-/// An added token that the vocabulary has too must have the same id there.
+/// An added token has the id of the vocabulary, where it is there too, or one that the vocabulary does not use.
 void check_ids(const TokenizerParts& parts)
 {
+    const StringMap<std::int32_t>& vocabulary = parts.model->vocabulary();
+    std::unordered_set<std::int32_t> used;
+    for (const auto& [token, id] : vocabulary)
+        used.insert(id);
     for (const AddedToken& token : parts.added_tokens) {
-        const auto found = parts.model->vocabulary().find(token.content);
-        if (found != parts.model->vocabulary().end() && found->second != token.id)
+        const auto found = vocabulary.find(token.content);
+        if (found == vocabulary.end() ? used.contains(token.id) : found->second != token.id)
             throw config_error(cat("the added token \"", token.content, "\" has the id ", token.id,
-                                   ", but the model's vocabulary gives it ", found->second));
+                                   ", but in the model's vocabulary ",
+                                   found == vocabulary.end() ? "another token has it" : cat("it is ", found->second)));
     }
 }
 

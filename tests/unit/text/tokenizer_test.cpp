@@ -168,6 +168,7 @@ TEST(Tokenizer, RefusalsNameFileAndComponent)
              {R"("h e")", R"("h e l")", "h e l"},
              {R"("h e")", R"("h \u4e2d")", "\u4e2d"},
              {R"("id": 2)", R"("id": 7)", "<|im_end|>"},
+             {R"("id": 274)", R"("id": 7)", "<note>"},
              {R"("ignore_merges": false)", R"("ignore_merges": 3)", "ignore_merges"}}) {
         const std::string message = refusal(tiny_json_with(from, to));
         EXPECT_NE(message.find("some/tokenizer.json"), std::string::npos) << message;
