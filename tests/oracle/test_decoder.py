@@ -55,8 +55,6 @@ SHAPES = {
                            rope_parameters=LLAMA3_SCALING),
     "mistral": dict(family="Mistral", num_attention_heads=4, num_key_value_heads=2, hidden_size=48, head_dim=128,
                     sliding_window=WINDOW),
-    "mistral_tied": dict(family="Mistral", num_attention_heads=4, num_key_value_heads=1, hidden_size=32, tie_word_embeddings=True,
-                         sliding_window=None, rope_parameters=LLAMA3_SCALING),
     "phi3": dict(family="Phi3", num_attention_heads=2, num_key_value_heads=1, hidden_size=192, sliding_window=WINDOW,
                  initializer_range=0.07, pad_token_id=9, eos_token_id=2),
 }
@@ -232,6 +230,7 @@ def test_real_gradients(smollm2, engine, tmp_path):
     compare_gradients(tmp_path, smollm2, rows, engine, 1e-4)
 
 
+@pytest.mark.parametrize("tiny", ["llama3_scaling", "mistral", "phi3"], indirect=True)  # Llama: test_generate.py
 def test_greedy_generation(tiny, tmp_path):
     prompts = random_ids(11, [3, 70, 130], 211)
     answers = []
