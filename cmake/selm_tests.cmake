@@ -1,5 +1,15 @@
 # Tests. ctest labels: unit, mpi, oracle (Python references), cli (shell), layering. Every test has a time limit.
 
+# Seconds that a test may take; sanitized programs are several times slower.
+set(selm_time_factor 1)
+if(SELM_SANITIZE)
+    set(selm_time_factor 5)
+endif()
+math(EXPR selm_test_timeout "120 * ${selm_time_factor}")
+math(EXPR selm_test_watchdog "100 * ${selm_time_factor}")
+math(EXPR selm_oracle_timeout "1800 * ${selm_time_factor}")
+math(EXPR selm_cli_timeout "600 * ${selm_time_factor}")
+
 set(selm_test_modules base comm h5 data text kernels model algo shard rank phases apps)
 set(selm_modules_with_kokkos kernels model shard rank phases apps)
 set(selm_test_environment
@@ -46,7 +56,7 @@ foreach(module IN LISTS selm_test_modules)
     if(unit_sources)
         selm_test_program(unit_${module} "${CMAKE_SOURCE_DIR}/tests/support/unit_main.cpp" ${module} ${unit_sources})
         add_test(NAME unit_${module} COMMAND unit_${module})
-        set_tests_properties(unit_${module} PROPERTIES LABELS unit TIMEOUT 120 ENVIRONMENT "${selm_test_environment}")
+        set_tests_properties(unit_${module} PROPERTIES LABELS unit TIMEOUT ${selm_test_timeout} ENVIRONMENT "${selm_test_environment}")
     endif()
 
     file(GLOB mpi_sources CONFIGURE_DEPENDS "${CMAKE_SOURCE_DIR}/tests/mpi/${module}/*.cpp")
@@ -58,7 +68,7 @@ foreach(module IN LISTS selm_test_modules)
                      COMMAND ${MPIEXEC_EXECUTABLE} ${selm_mpiexec_flags} ${MPIEXEC_NUMPROC_FLAG} ${ranks}
                              $<TARGET_FILE:mpi_${module}>)
             set_tests_properties(mpi_${module}_np${ranks} PROPERTIES
-                LABELS mpi TIMEOUT 120 PROCESSORS ${ranks} ENVIRONMENT "${selm_test_environment};SELM_TEST_WATCHDOG_S=100")
+                LABELS mpi TIMEOUT ${selm_test_timeout} PROCESSORS ${ranks} ENVIRONMENT "${selm_test_environment};SELM_TEST_WATCHDOG_S=${selm_test_watchdog}")
         endforeach()
     endif()
 endforeach()
@@ -88,7 +98,7 @@ if(SELM_REFERENCE_PYTHON)
         cmake_path(GET source STEM name)
         string(REGEX REPLACE "^test_" "" name "${name}")
         add_test(NAME oracle_${name} COMMAND ${SELM_REFERENCE_PYTHON} -m pytest -q -p no:cacheprovider "${source}")
-        set_tests_properties(oracle_${name} PROPERTIES LABELS oracle TIMEOUT 1800 ENVIRONMENT "${selm_test_environment}")
+        set_tests_properties(oracle_${name} PROPERTIES LABELS oracle TIMEOUT ${selm_oracle_timeout} ENVIRONMENT "${selm_test_environment}")
     endforeach()
 endif()
 
@@ -98,7 +108,7 @@ foreach(source IN LISTS cli_sources)
     cmake_path(GET source STEM name)
     string(REGEX REPLACE "^test_" "" name "${name}")
     add_test(NAME cli_${name} COMMAND bash "${source}")
-    set_tests_properties(cli_${name} PROPERTIES LABELS cli TIMEOUT 600 SKIP_RETURN_CODE 77 ENVIRONMENT "${selm_test_environment}")
+    set_tests_properties(cli_${name} PROPERTIES LABELS cli TIMEOUT ${selm_cli_timeout} SKIP_RETURN_CODE 77 ENVIRONMENT "${selm_test_environment}")
 endforeach()
 
 # --- who may include whom
