@@ -1,5 +1,5 @@
 # selm::torch: LibTorch.
-# CPU: selm::torch_cpu from the pip wheel in SELM_PYTHON_SITE. libtorch_cpu.so and libc10.so are linked directly: the
+# CPU: from the pip wheel in SELM_PYTHON_SITE. libtorch_cpu.so and libc10.so are linked directly: the
 # wheel's own TorchConfig insists on a CUDA toolkit. libtorch_cpu.so needs libcudart and libcupti when it is loaded;
 # the wheels nvidia-cuda-runtime and nvidia-cuda-cupti bring them (nvidia/cu13/lib).
 # CUDA (SELM_ENABLE_CUDA): the wheel's (or the site's) TorchConfig.
@@ -17,10 +17,9 @@ if(SELM_ENABLE_CUDA)
         message(FATAL_ERROR "Set TORCH_CUDA_ARCH_LIST beside CMAKE_CUDA_ARCHITECTURES (for example 9.0 and 90)")
     endif()
     find_package(Torch REQUIRED HINTS "${selm_torch_root}/share/cmake/Torch")
-    add_library(selm_torch INTERFACE)
-    target_include_directories(selm_torch SYSTEM INTERFACE ${TORCH_INCLUDE_DIRS})
-    target_link_libraries(selm_torch INTERFACE ${TORCH_LIBRARIES})
-    add_library(selm::torch ALIAS selm_torch)
+    add_library(selm::torch INTERFACE IMPORTED)
+    target_include_directories(selm::torch SYSTEM INTERFACE ${TORCH_INCLUDE_DIRS})
+    target_link_libraries(selm::torch INTERFACE ${TORCH_LIBRARIES})
     set(SelmTorch_FOUND TRUE)
     return()
 endif()
@@ -46,6 +45,6 @@ if(SelmTorch_FOUND AND NOT TARGET selm_torch_cpu)
             "LINKER:-rpath,${selm_torch_lib_dir}" "LINKER:-rpath,${selm_cuda_runtime_dir}"
             "LINKER:-rpath-link,${selm_cuda_runtime_dir}")
     endif()
-    add_library(selm::torch_cpu ALIAS selm_torch_cpu)
-    add_library(selm::torch ALIAS selm_torch_cpu)
+    add_library(selm::torch INTERFACE IMPORTED)
+    target_link_libraries(selm::torch INTERFACE selm_torch_cpu)
 endif()

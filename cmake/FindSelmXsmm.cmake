@@ -6,10 +6,9 @@ mark_as_advanced(SELM_XSMM_INCLUDE_DIR SELM_XSMM_LIBRARY SELM_XSMM_NOBLAS_LIBRAR
 include(FindPackageHandleStandardArgs)
 find_package_handle_standard_args(SelmXsmm REQUIRED_VARS SELM_XSMM_LIBRARY SELM_XSMM_NOBLAS_LIBRARY SELM_XSMM_INCLUDE_DIR
     REASON_FAILURE_MESSAGE "Install LIBXSMM (Debian: libxsmm-dev) or add its prefix to CMAKE_PREFIX_PATH")
-if(SelmXsmm_FOUND AND NOT TARGET selm_xsmm)
-    add_library(selm_xsmm INTERFACE)
-    add_library(selm::xsmm ALIAS selm_xsmm)
-    target_include_directories(selm_xsmm SYSTEM INTERFACE "${SELM_XSMM_INCLUDE_DIR}")
-    target_link_libraries(selm_xsmm INTERFACE "${SELM_XSMM_LIBRARY}" "${SELM_XSMM_NOBLAS_LIBRARY}" ${CMAKE_DL_LIBS}
+if(SelmXsmm_FOUND AND NOT TARGET selm::xsmm)
+    add_library(selm::xsmm INTERFACE IMPORTED)
+    target_include_directories(selm::xsmm SYSTEM INTERFACE "${SELM_XSMM_INCLUDE_DIR}")
+    target_link_libraries(selm::xsmm INTERFACE "${SELM_XSMM_LIBRARY}" "${SELM_XSMM_NOBLAS_LIBRARY}" ${CMAKE_DL_LIBS}
                           Threads::Threads m)
 endif()

@@ -9,15 +9,7 @@ target_compile_definitions(MPI::MPI_C INTERFACE OMPI_SKIP_MPICXX MPICH_SKIP_MPIC
 set(SELM_MPI_TEXT "${MPI_C_VERSION}")
 
 # --- HDF5, parallel
-set(HDF5_PREFER_PARALLEL ON)
-find_package(HDF5 REQUIRED COMPONENTS C)
-if(NOT HDF5_IS_PARALLEL)
-    message(FATAL_ERROR "HDF5 ${HDF5_VERSION} was found without MPI support (all ranks write one file together). "
-                        "Install the parallel HDF5 (Debian: libhdf5-openmpi-dev) or point HDF5_ROOT at one.")
-endif()
-add_library(selm_hdf5 INTERFACE)
-add_library(selm::hdf5 ALIAS selm_hdf5)
-target_link_libraries(selm_hdf5 INTERFACE hdf5::hdf5 MPI::MPI_C)
+find_package(SelmHdf5 REQUIRED)
 
 # --- Boost.Program_options, nlohmann_json
 find_package(Boost 1.74 REQUIRED COMPONENTS program_options)
