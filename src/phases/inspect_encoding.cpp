@@ -62,7 +62,8 @@ void print_encoded_rows(const InspectOptions& options, std::ostream& out)
         return;
     }
     SELM_VALIDATE(format == iteration_format, ExitCode::bad_data,
-                  options.file << " has no rows (it is " << (format.empty() ? "not a file that SELM wrote" : "a " + format + " file")
+                  options.file << " has no rows (it is "
+                               << (format.empty() ? "not a file that SELM wrote" : "a " + format + " file")
                                << "). Pass a prefs.h5 or an iter.h5 with --encode");
     const IterationReader reader(options.file);
     const IterationReader::Pairs pairs = reader.pairs();
@@ -74,7 +75,8 @@ void print_encoded_rows(const InspectOptions& options, std::ostream& out)
                         const auto i = static_cast<std::size_t>(row);
                         return RowPair{pairs.best[i], pairs.worst[i], reader.has_generated(row)};
                     },
-                .sequences = [&](std::int64_t row, const RowPair& pair) { return encoder.sequences(reader, row, pair); }},
+                .sequences =
+                    [&](std::int64_t row, const RowPair& pair) { return encoder.sequences(reader, row, pair); }},
                options, encoder.tokenizer(), out);
 }
 

@@ -59,7 +59,8 @@ PackedRow pack_row(std::int64_t position, const SequenceRow& sequences, const Wa
         const auto end = sequence->ids.begin() + sequence->label_start;
         if (std::exchange(first, false))
             row.trunk.assign(sequence->ids.begin(), end);
-        row.trunk.erase(std::mismatch(row.trunk.begin(), row.trunk.end(), sequence->ids.begin(), end).first, row.trunk.end());
+        const auto common = std::mismatch(row.trunk.begin(), row.trunk.end(), sequence->ids.begin(), end).first;
+        row.trunk.erase(common, row.trunk.end());
     }
     const auto common = static_cast<std::ptrdiff_t>(row.trunk.size());
     for (std::size_t c = 0; c < wanted.size(); ++c) {
@@ -231,8 +232,9 @@ void RowEncoder::check_lengths(const IterationReader& reader, const std::functio
         throw long_row(reader, first, count);
     if (count > 0)
         SELM_LOG(warning, reader.path() << ": the generated answers of " << count
-                                        << " row(s) are cut to the model's context of " << context_text_ << ", the first in row "
-                                        << first << " (prompt_id \"" << reader.id(first) << "\")");
+                                        << " row(s) are cut to the model's context of " << context_text_
+                                        << ", the first in row " << first << " (prompt_id \"" << reader.id(first)
+                                        << "\")");
 }
 
 std::int64_t RowEncoder::bytes(const IterationReader& reader, std::int64_t position, const RowPair& pair)

@@ -20,8 +20,8 @@
 
 namespace selm {
 
-/// A row as one packed pass computes it: what the prompts have in common once (the trunk), each distinct answer once, with
-/// what only its own prompt has before it as unscored tokens.
+/// A row as one packed pass computes it: what the prompts have in common once (the trunk), each distinct answer once,
+/// with what only its own prompt has before it as unscored tokens.
 struct PackedRow {
     std::int64_t position = 0; ///< index in the file it came from
     std::vector<std::int32_t> trunk;
@@ -46,8 +46,8 @@ struct RowPair {
     WantedCandidates wanted() const;
 };
 
-/// Joins candidates with equal tokens into one branch. The trunk is what the prompts of all sequences, wanted or not, have
-/// in common, so that it is the same whichever of them are computed.
+/// Joins candidates with equal tokens into one branch. The trunk is what the prompts of all sequences, wanted or not,
+/// have in common, so that it is the same whichever of them are computed.
 PackedRow pack_row(std::int64_t position, const SequenceRow& sequences, const WantedCandidates& wanted);
 
 /// Cuts [0, costs.size()) into consecutive groups of at most `budget` cost; an item above the budget is alone.
@@ -64,29 +64,29 @@ std::vector<std::vector<std::size_t>> balance_rows(std::span<const std::int64_t>
 /// Tokenizer, chat format, encoding and limits of a model directory: turns rows of the data files into packed rows.
 class RowEncoder {
   public:
-    /// @throws Error configuration: no tokenizer, an unknown format, BOS or EOS, vocabulary or lengths that the model cannot
-    /// hold.
+    /// @throws Error configuration: no tokenizer, an unknown format, BOS or EOS, vocabulary or lengths that the model
+    /// cannot hold.
     RowEncoder(const std::string& directory, const EncodingOptions& options, const DecoderConfig& config);
     /// From tokenizer files alone: sequences may be of any length.
     RowEncoder(const std::string& directory, const EncodingOptions& options);
 
     const std::string& format_name() const { return format_name_; }
     const Tokenizer& tokenizer() const { return tokenizer_; }
-    /// What the encoding depends on besides its name, the format and the limits: with recipe bos_id (-1: none), eos_id and
-    /// on_long_row.
+    /// What the encoding depends on besides its name, the format and the limits: with recipe bos_id (-1: none), eos_id
+    /// and on_long_row.
     h5::Attributes attributes() const;
 
     /// The pair's answers; with recipe also a generated answer that is not wanted.
     SequenceRow sequences(const IterationReader& reader, std::int64_t position, const RowPair& pair) const;
     SequenceRow sequences(const PreferenceRow& row) const; ///< chosen and rejected, as best and worst
 
-    /// The sequences of the pair's answers, packed. @throws Error bad_data naming the row: one of them is longer than the
-    /// model's context (recipe; with on-long-row = cap it is cut instead), or the recipe's rules do not hold for it.
+    /// The sequences of the pair's answers, packed. @throws Error bad_data naming the row: one of them is longer than
+    /// the model's context (recipe; with on-long-row = cap it is cut instead), or the recipe's rules do not hold.
     PackedRow encode(const IterationReader& reader, std::int64_t position, const RowPair& pair) const;
     PackedRow encode(const PreferenceRow& row) const;
 
-    /// Looks for rows that are too long, before work is done: with on-long-row = stop an error that counts them and names
-    /// the first, with cap a warning. Collective.
+    /// Looks for rows that are too long, before work is done: with on-long-row = stop an error that counts them and
+    /// names the first, with cap a warning. Collective.
     void check_lengths(const IterationReader& reader, const std::function<RowPair(std::int64_t)>& pair_of,
                        Communicator& comm) const;
 

@@ -47,7 +47,8 @@ std::string text_of(const h5::Attributes& attributes, const std::string& name)
     return found == attributes.end() ? "none" : std::visit([](const auto& one) { return cat(one); }, found->second);
 }
 
-void check_reference(const TrainOptions& options, const Rows& rows, const RowEncoder& encoder, const std::string& engine)
+void check_reference(const TrainOptions& options, const Rows& rows, const RowEncoder& encoder,
+                     const std::string& engine)
 {
     const LogProbAttributes& a = rows.reference.attributes;
     const std::string& path = options.iter;
@@ -275,7 +276,8 @@ SelmObjectiveParts make_selm_objective(const TrainOptions& options, Communicator
     });
     auto objective = std::make_unique<SelmObjective>(options, parts.alpha, parts.beta, std::move(model),
                                                      std::move(*encoder), std::move(rows));
-    objective->encoder().check_lengths(objective->reader(), [&](std::int64_t row) { return objective->pair(row); }, comm);
+    objective->encoder().check_lengths(
+        objective->reader(), [&](std::int64_t row) { return objective->pair(row); }, comm);
     objective->set_costs(gather_costs(objective->rows(), comm, [&](std::int64_t row) {
         return objective->encoder().encode(objective->reader(), row, objective->pair(row)).tokens();
     }));

@@ -48,8 +48,9 @@ RecipeIds recipe_ids(const Tokenizer& tokenizer, const ChatFormat& format, std::
                                                                    << " (the recipe's encoding adds it). Pass "
                                                                    << option << " with an id or the text of a token");
         SELM_VALIDATE(*id < tokenizer.vocabulary_size(), ExitCode::configuration,
-                      "the " << what << " id " << *id << " is not in the tokenizer (it has " << tokenizer.vocabulary_size()
-                             << " ids). Pass " << option << " with an id or the text of a token");
+                      "the " << what << " id " << *id << " is not in the tokenizer (it has "
+                             << tokenizer.vocabulary_size() << " ids). Pass " << option
+                             << " with an id or the text of a token");
         return *id;
     };
     RecipeIds ids;
@@ -105,7 +106,8 @@ void add_special_ids(PromptAndAnswer& sequence, const RecipeIds& ids)
 
 void cut_prompt(PromptAndAnswer& sequence, std::int64_t longer_answer, const EncodingLimits& limits)
 {
-    if (length(sequence.prompt) + longer_answer > limits.max_length && length(sequence.prompt) > limits.max_prompt_length)
+    const std::int64_t prompt = length(sequence.prompt);
+    if (prompt + longer_answer > limits.max_length && prompt > limits.max_prompt_length)
         sequence.prompt.erase(sequence.prompt.begin(), sequence.prompt.end() - limits.max_prompt_length);
 }
 
@@ -156,8 +158,8 @@ SequenceRow encode_row_recipe(const Tokenizer& tokenizer, const ChatFormat& form
         cut_prompt(parts[c], longer, limits);
         cut_response(parts[c], longer, limits);
         SELM_VALIDATE(!parts[c].prompt.empty(), ExitCode::bad_data,
-                      "the prompt has no token before the answer (nothing would predict the answer's first token). Pass "
-                      "a --bos-token, or take the row out");
+                      "the prompt has no token before the answer (nothing would predict the answer's first token). "
+                      "Pass a --bos-token, or take the row out");
         row[c] = join(parts[c]);
     }
     return row;

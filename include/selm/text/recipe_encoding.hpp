@@ -16,8 +16,8 @@
 namespace selm {
 
 /**
- * The encoding of the authors' trainer (tokenize_row and build_tokenized_answer of TRL 0.8.6 with the reference response
- * of SELM beside chosen and rejected), to the token, in its steps:
+ * The encoding of the authors' trainer (tokenize_row and build_tokenized_answer of TRL 0.8.6 with the reference
+ * response of SELM beside chosen and rejected), to the token, in its steps:
  *
  * 1. the prompt rendered without a generation header, each answer rendered alone (so its header is scored), both joined
  *    and tokenised as one text, and split where the prompt's tokens end: split_at_prompt();
@@ -44,8 +44,8 @@ struct RecipeIds {
 };
 
 /**
- * @brief BOS and EOS: as named (@p bos, @p eos: an id, or the text of a token; "none" for no BOS; empty: not named), else
- * the tokenizer's, else the format's.
+ * @brief BOS and EOS: as named (@p bos, @p eos: an id, or the text of a token; "none" for no BOS; empty: not named),
+ * else the tokenizer's, else the format's.
  * @throws Error configuration: a name that is no token, or no one says which.
  */
 RecipeIds recipe_ids(const Tokenizer& tokenizer, const ChatFormat& format, std::string_view bos, std::string_view eos);
@@ -55,8 +55,9 @@ std::string render_prompt_recipe(const ChatFormat& format, std::span<const Messa
 /// An assistant's message alone, with whatever the format puts before a first message.
 std::string render_response_recipe(const ChatFormat& format, std::string_view text);
 
-/// Step 1. Splits @p joined behind the tokens of the prompt alone, or one token earlier where these are not its beginning
-/// (the last token has merged with the answer). @throws Error bad_data: the joined text has fewer tokens than the prompt.
+/// Step 1. Splits @p joined behind the tokens of the prompt alone, or one token earlier where these are not its
+/// beginning (the last token has merged with the answer). @throws Error bad_data: the joined text has fewer tokens than
+/// the prompt.
 PromptAndAnswer split_at_prompt(std::span<const std::int32_t> prompt_alone, std::span<const std::int32_t> joined);
 
 /// Step 2. @throws Error bad_data: the two prompts differ in more than one token or in length by more than one.
@@ -79,8 +80,8 @@ SequenceRow encode_row_recipe(const Tokenizer& tokenizer, const ChatFormat& form
                               const std::array<std::optional<std::string_view>, candidates_per_row>& responses,
                               std::size_t best, std::size_t worst, const RecipeIds& ids, const EncodingLimits& limits);
 
-/// The prompt that is generated from: with the generation header, and the tokens that the tokenizer itself adds to a text
-/// (Llama-3's format and tokenizer both begin with BOS: it is there twice, as in the authors' generation). Not cut.
+/// The prompt that is generated from: with the generation header, and the tokens that the tokenizer itself adds to a
+/// text (Llama-3's format and tokenizer both begin with BOS: it is there twice, as in the authors' generation).
 std::vector<std::int32_t> encode_prompt_recipe(const Tokenizer& tokenizer, const ChatFormat& format,
                                                std::span<const Message> messages);
 

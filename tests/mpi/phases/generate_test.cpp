@@ -173,8 +173,9 @@ TEST_F(Generate, RecipeReadsTheTokenizersOwnTokensAndStopsAtEos)
         std::string text = read_file(file);
         ASSERT_NE(text.find(none), std::string::npos);
         text.replace(text.find(none), none.size(),
-                     R"("post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}},
- {"Sequence": {"id": "A", "type_id": 0}}], "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+                     R"("post_processor": {"type": "TemplateProcessing",
+ "single": [{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+ "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
  "special_tokens": {"<|im_start|>": {"id": "<|im_start|>", "ids": [1], "tokens": ["<|im_start|>"]}}})");
         write_file_atomically(file, text);
     });

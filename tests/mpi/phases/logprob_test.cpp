@@ -33,7 +33,8 @@ class LogProb : public test::TrainingFixture {
 
 TEST_F(LogProb, DataDependOnNeitherRanksNorMicrobatches)
 {
-    for (const auto& [dtype, encoding] : {std::pair("fp32", "chat"), std::pair("bf16", "chat"), std::pair("fp32", "recipe")}) {
+    for (const auto& [dtype, encoding] :
+         {std::pair("fp32", "chat"), std::pair("bf16", "chat"), std::pair("fp32", "recipe")}) {
         LogProbOptions options = logprob_options_;
         options.common.dtype = dtype;
         options.encoding.encoding = encoding;
@@ -97,7 +98,8 @@ TEST_F(LogProb, PromptsThatDifferGiveTheSumsOfEachSequenceAlone)
     const auto model = SharedModel::from_directory(path("model"), common(), test_world());
     // A prompt that ends otherwise before one answer; prompts with nothing in common.
     const std::vector<SequenceRow> rows{
-        {LabelledSequence{{1, 40, 41, 42, 50, 51}, 4}, LabelledSequence{{1, 40, 41, 60, 61}, 3}, LabelledSequence{{1, 40, 41, 42, 70}, 4}},
+        {LabelledSequence{{1, 40, 41, 42, 50, 51}, 4}, LabelledSequence{{1, 40, 41, 60, 61}, 3},
+         LabelledSequence{{1, 40, 41, 42, 70}, 4}},
         {std::nullopt, LabelledSequence{{40, 41, 42, 50}, 3}, LabelledSequence{{41, 42, 60, 61, 62}, 2}}};
     PackedBatch batch;
     for (const SequenceRow& row : rows) {
@@ -115,8 +117,8 @@ TEST_F(LogProb, PromptsThatDifferGiveTheSumsOfEachSequenceAlone)
             if (!sequence)
                 continue;
             PackedBatch alone;
-            alone.add_scored(std::span(sequence->ids).first(1),
-                             std::vector<Branch>{{{sequence->ids.begin() + 1, sequence->ids.end()}, sequence->label_start - 1}});
+            const Branch rest{{sequence->ids.begin() + 1, sequence->ids.end()}, sequence->label_start - 1};
+            alone.add_scored(std::span(sequence->ids).first(1), std::span(&rest, 1));
             double expected = 0;
             for (const float value : model->decoder().log_probs(alone))
                 expected += static_cast<double>(value);

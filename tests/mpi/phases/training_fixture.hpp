@@ -54,7 +54,8 @@ class TrainingFixture : public ::testing::Test {
     {
         LogProbOptions options;
         options.common = common();
-        options.encoding = {.encoding = "chat", .chat_format = "", .bos_token = "", .eos_token = "", .max_length = 96, .max_prompt_length = 48};
+        options.encoding.max_length = 96;
+        options.encoding.max_prompt_length = 48;
         options.iter = iter;
         options.model = model;
         options.tokens_per_microbatch = 200;

@@ -55,7 +55,8 @@ TEST(PackRow, UnwantedAnswersAreNotComputed)
 
 TEST(PackRow, PromptsThatDifferShareTheirBeginning)
 {
-    const SequenceRow row{LabelledSequence{{1, 2, 3, 7}, 3}, LabelledSequence{{1, 2, 9, 7}, 3}, LabelledSequence{{1, 2, 3, 7}, 2}};
+    const SequenceRow row{LabelledSequence{{1, 2, 3, 7}, 3}, LabelledSequence{{1, 2, 9, 7}, 3},
+                          LabelledSequence{{1, 2, 3, 7}, 2}};
     const PackedRow packed = pack_row(0, row, {true, true, true});
     EXPECT_EQ(packed.trunk, (std::vector<std::int32_t>{1, 2}));
     ASSERT_EQ(packed.branches.size(), 3U); // the same tokens, scored from another one on, are another answer
@@ -72,7 +73,8 @@ TEST(PackRow, PromptsThatDifferShareTheirBeginning)
 TEST(PackRow, PromptsWithNothingInCommonHaveNoTrunk)
 {
     const PackedRow packed =
-        pack_row(0, {std::nullopt, LabelledSequence{{1, 2, 3}, 2}, LabelledSequence{{2, 3, 4}, 1}}, {false, true, true});
+        pack_row(0, {std::nullopt, LabelledSequence{{1, 2, 3}, 2}, LabelledSequence{{2, 3, 4}, 1}},
+                 {false, true, true});
     EXPECT_TRUE(packed.trunk.empty());
     ASSERT_EQ(packed.branches.size(), 2U);
     EXPECT_EQ(packed.branches[0].unscored, 2);

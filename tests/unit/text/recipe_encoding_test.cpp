@@ -155,8 +155,8 @@ class RecipeRow : public ::testing::Test {
     SequenceRow encode(std::optional<std::string_view> generated, std::string_view chosen, std::string_view rejected,
                        std::size_t best, std::size_t worst, const EncodingLimits& limits = {}) const
     {
-        return encode_row_recipe(tokenizer, ChatFormat::by_name("chatml"), greeting, {generated, chosen, rejected}, best,
-                                 worst, {.bos = 1, .eos = 0}, limits);
+        return encode_row_recipe(tokenizer, ChatFormat::by_name("chatml"), greeting, {generated, chosen, rejected},
+                                 best, worst, {.bos = 1, .eos = 0}, limits);
     }
     Ids answer_of(const LabelledSequence& sequence) const
     {
@@ -200,7 +200,8 @@ TEST_F(RecipeRow, AMiddleAnswerIsNotCutUnlessItEqualsOneOfThePair)
 TEST_F(RecipeRow, ALongPairCutsThePromptOfAll)
 {
     const SequenceRow whole = encode("x", words, "b", 1, 2);
-    const EncodingLimits limits{.max_length = static_cast<std::int64_t>(whole[1]->ids.size()) - 1, .max_prompt_length = 3};
+    const auto length = static_cast<std::int64_t>(whole[1]->ids.size());
+    const EncodingLimits limits{.max_length = length - 1, .max_prompt_length = 3};
     const SequenceRow row = encode("x", words, "b", 1, 2, limits);
     for (std::size_t c = 0; c < row.size(); ++c) {
         EXPECT_EQ(row[c]->label_start, 3);
@@ -212,7 +213,8 @@ TEST_F(RecipeRow, ALongPairCutsThePromptOfAll)
 TEST_F(RecipeRow, ErrorsOfTheSteps)
 {
     EXPECT_THROW(encode(std::nullopt, "a", "b", 0, 2), Error);
-    message_of([&] { encode(std::nullopt, "a", "b", 1, 2, {.max_length = 5, .max_prompt_length = 5}); }, ExitCode::usage);
+    const EncodingLimits no_room{.max_length = 5, .max_prompt_length = 5};
+    message_of([&] { encode(std::nullopt, "a", "b", 1, 2, no_room); }, ExitCode::usage);
 }
 
 TEST(RecipeIds, AreNamedOrTheTokenizersOrTheFormats)
@@ -228,13 +230,15 @@ TEST(RecipeIds, AreNamedOrTheTokenizersOrTheFormats)
     EXPECT_EQ(ids("0", "<|endoftext|>"), Pair(0, 0));
     EXPECT_EQ(ids("none", "<note>"), Pair(std::nullopt, 274));
     for (const char* wrong : {"275", "99999999999999999999", "-1", "<s>", "none"})
-        EXPECT_NE(message_of([&] { ids("", wrong); }, ExitCode::configuration).find(std::string("--eos-token ") + wrong),
-                  std::string::npos);
+        EXPECT_NE(
+            message_of([&] { ids("", wrong); }, ExitCode::configuration).find(std::string("--eos-token ") + wrong),
+            std::string::npos);
     // A tokenizer.json alone says nothing: the format does, or nobody.
     const test::TemporaryDirectory bare;
     const std::string vocabulary = R"({"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3})";
-    bare.write("tokenizer.json", R"({"model": {"type": "BPE", "vocab": )" + vocabulary + R"(, "merges": []}, "added_tokens":
-        [{"id": 2, "content": "</s>", "special": true, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false}]})");
+    bare.write("tokenizer.json", R"({"model": {"type": "BPE", "vocab": )" + vocabulary +
+                                     R"(, "merges": []}, "added_tokens": [{"id": 2, "content": "</s>", "special": true,
+        "single_word": false, "lstrip": false, "rstrip": false, "normalized": false}]})");
     const Tokenizer alone = Tokenizer::from_directory(bare.path(""));
     const RecipeIds zephyr = recipe_ids(alone, ChatFormat::by_name("zephyr"), "", "");
     EXPECT_EQ(std::pair(zephyr.bos, zephyr.eos), Pair(1, 2));
