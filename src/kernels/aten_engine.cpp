@@ -57,9 +57,17 @@ at::Tensor product_f32(const at::Tensor& a, const at::Tensor& b)
     return a.scalar_type() == at::kFloat ? at::mm(a, b) : at::mm(a, b, at::kFloat);
 }
 
+/// x w^T for one output, [T, 1]: the BLAS would multiply a matrix with a vector, in blocks of rows, and a row's bits would
+/// depend on the others.
+at::Tensor sum_rows(const at::Tensor& x, const at::Tensor& w) { return x.to(at::kFloat).mul(w).sum({1}, true); }
+
 /// y = x w^T.
 void multiply_into(const at::Tensor& x, const at::Tensor& w, at::Tensor y)
 {
+    if (w.size(0) == 1 && x.is_cpu()) {
+        y.copy_(sum_rows(x, w));
+        return;
+    }
     const at::Tensor rows = left_side(x.to(w.scalar_type()));
     if (rows.size(0) == y.size(0) && y.scalar_type() == rows.scalar_type())
         at::mm_out(y, rows, w.t());
@@ -221,7 +229,11 @@ void AtenEngine::linear_add(const Tensor& x_TK, const PackedWeight& w, const Ten
     expect_product(x_TK, w, y_TN);
     SELM_EXPECT(y_TN.dtype == DType::f32);
     const c10::InferenceMode no_autograd;
-    if (x_TK.rows > 0)
+    if (x_TK.rows == 0)
+        return;
+    if (w.outputs == 1 && device_ == Device::cpu)
+        view(y_TN).add_(sum_rows(view(x_TK), view(w.forward)));
+    else
         view(y_TN).add_(product_f32(left_side(view(x_TK)), view(w.forward).t()).narrow(0, 0, x_TK.rows));
 }
 

@@ -59,7 +59,8 @@ TEST_P(RowInvarianceTest, linear)
         std::int64_t outputs, inputs;
     };
     for (const Shape s :
-         {Shape{7, 5}, Shape{33, 99}, Shape{99, 33}, Shape{64, 64}, Shape{65, 17}, Shape{960, 576}, Shape{576, 1536}}) {
+         {Shape{7, 5}, Shape{33, 99}, Shape{99, 33}, Shape{64, 64}, Shape{65, 17}, Shape{960, 576}, Shape{576, 1536},
+          Shape{1, 48}, Shape{1, 576}}) {
         const Matrix x = random_matrix(all_rows, s.inputs, 1), w = random_matrix(s.outputs, s.inputs, 2);
         const Matrix residual = random_matrix(all_rows, s.outputs, 3);
         const PackedWeight weight = packed(w);
