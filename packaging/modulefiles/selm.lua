@@ -30,6 +30,8 @@ setenv("SELM_ROOT", root)
 prepend_path("PATH", pathJoin(root, "bin"))
 prepend_path("CMAKE_PREFIX_PATH", root)
 -- Only where a site has put shared libraries into the prefix: the programs carry their search path themselves.
-if isDir(pathJoin(root, "lib")) then
-    prepend_path("LD_LIBRARY_PATH", pathJoin(root, "lib"))
+for _, name in ipairs({ "lib", "lib64" }) do
+    if isDir(pathJoin(root, name)) then
+        prepend_path("LD_LIBRARY_PATH", pathJoin(root, name))
+    end
 end

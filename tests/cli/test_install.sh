@@ -20,7 +20,9 @@ for program in "${programs[@]}"; do
     expect 0 "usage: $program" "$prefix/bin/$program" --help
     expect 0 '^selm [0-9.]+ \(git ' "$prefix/bin/$program" --version
 done
-for path in include/selm/algo/losses.hpp lib/cmake/selm/selmConfig.cmake lib/libselm_text.a share/doc/selm/LICENSE \
+libraries=lib
+[ -d "$prefix/lib" ] || libraries=lib64
+for path in include/selm/algo/losses.hpp $libraries/cmake/selm/selmConfig.cmake $libraries/libselm_text.a share/doc/selm/LICENSE \
     share/doc/selm/RUNNING.md share/selm/scripts/make_smollm2.py; do
     checks=$((checks + 1))
     [ -f "$prefix/$path" ] || fail "$path is not installed"
@@ -39,7 +41,7 @@ expect 0 '^\[' "$prefix/bin/selm_iter" --config "$prefix/share/selm/configs/smol
 
 # Nothing in the package remembers where it was installed first, nor the source or build tree (wheels excepted).
 checks=$((checks + 1))
-if grep -rnF -e "$work/first" -e "$source_tree/include" -e "$source_tree/src" -e "$build" "$prefix/lib/cmake" "$prefix/share"; then
+if grep -rnF -e "$work/first" -e "$source_tree/include" -e "$source_tree/src" -e "$build" "$prefix/$libraries/cmake" "$prefix/share"; then
     fail "an absolute path of this build is in the installed package"
 fi
 
@@ -73,6 +75,7 @@ if [ -f "$lmod" ]; then
         module load selm
         command -v selm_gen
         echo "root $SELM_ROOT"
+        echo "libraries $LD_LIBRARY_PATH"
         selm_gen --version
     }
     # Lmod splits paths at spaces in some shells: sites have none in their prefixes.
@@ -81,6 +84,7 @@ if [ -f "$lmod" ]; then
     expect 0 "^root $work/plain$" module_load
     expect_count 1 "^$work/plain/bin/selm_gen$"
     expect_count 1 '^selm [0-9.]+ \(git '
+    expect_count 1 "^libraries $work/plain/$libraries(:|$)"
 else
     echo "not checked: the module file (Lmod is not installed)"
 fi
