@@ -1,4 +1,4 @@
-# Tests. ctest labels: unit, mpi, oracle (Python references), cli (shell), layering. Every test has a time limit.
+# Tests. ctest labels: unit, mpi, oracle (Python references), cli (shell), slurm (batch scripts on a real SLURM), layering. Every test has a time limit.
 
 # Seconds that a test may take; sanitized programs are several times slower.
 set(selm_time_factor 1)
@@ -109,6 +109,15 @@ foreach(source IN LISTS cli_sources)
     string(REGEX REPLACE "^test_" "" name "${name}")
     add_test(NAME cli_${name} COMMAND bash "${source}")
     set_tests_properties(cli_${name} PROPERTIES LABELS cli TIMEOUT ${selm_cli_timeout} SKIP_RETURN_CODE 77 ENVIRONMENT "${selm_test_environment}")
+endforeach()
+
+# --- batch scripts, most of them on a SLURM of virtual nodes that the test starts (skipped where none can be made)
+file(GLOB job_sources CONFIGURE_DEPENDS "${CMAKE_SOURCE_DIR}/tests/jobs/test_*.sh")
+foreach(source IN LISTS job_sources)
+    cmake_path(GET source STEM name)
+    string(REGEX REPLACE "^test_" "" name "${name}")
+    add_test(NAME slurm_${name} COMMAND bash "${source}")
+    set_tests_properties(slurm_${name} PROPERTIES LABELS slurm TIMEOUT 300 SKIP_RETURN_CODE 77 ENVIRONMENT "${selm_test_environment}")
 endforeach()
 
 # --- who may include whom
