@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# Stop signals, scancel, a lost node and restarts without progress: the run ends with the data of an undisturbed one, or says why not.
+set -euo pipefail
+# shellcheck source=tests/jobs/support.sh
+source "$(dirname "${BASH_SOURCE[0]}")/support.sh"
+in_cluster 3 280 "${BASH_SOURCE[0]}"
+make_recipe 16 9
+job_script=$SELM_SOURCE_DIR/jobs/selm_iter.slurm
+
+mpi 2 selm_iter --config recipe.cfg --run reference --progress off >reference.log 2>&1
+
+# All at once, on 3 nodes of 4 CPUs: under srun, under mpirun, and one that is cancelled.
+one=$(submit --nodes=2 --ntasks-per-node=1 "$job_script" --run signalled)
+two=$(SELM_LAUNCHER=mpirun submit --nodes=2 --ntasks-per-node=1 "$job_script" --run by_mpirun)
+three=$(submit --nodes=2 --ntasks-per-node=1 "$job_script" --run cancelled)
+wait_until 120 "$one at work" log_has "selm-iter-$one.out" 'iteration 1 of 2: generate'
+scancel --batch --signal=USR1 "$one"
+wait_until 120 "$two at work" log_has "selm-iter-$two.out" 'iteration 1 of 2: generate'
+scancel --batch --signal=USR1 "$two"
+wait_until 120 "$three at work" log_has "selm-iter-$three.out" 'iteration 1 of 2: generate'
+scancel "$three"
+
+# A program that always stops and never gets on: two ends without progress are allowed here.
+mkdir stub
+cat >stub/selm_iter <<'STUB'
+#!/bin/sh
+[ "$1" = --version ] || exit 75
+STUB
+chmod +x stub/selm_iter
+stuck=$(PATH=$PWD/stub:$PATH SELM_MAX_RESTARTS=2 submit "$job_script" --run stuck)
+
+for job in "$one" "$two"; do
+    ends_as COMPLETED 120 "$job"
+    expect 0 'stop signal' cat "selm-iter-$job.out"
+    expect_count 1 'everything .*saved; requeued .restart 1.'
+    expect 0 "job $job restart 1" cat runs/../"$([ "$job" = "$one" ] && echo signalled || echo by_mpirun)"/slurm/provenance.txt
+done
+same reference signalled "USR1 under srun"
+same reference by_mpirun "USR1 under mpirun"
+
+ends_as FAILED 120 "$stuck"
+expect 0 'restarts brought no progress' cat "selm-iter-$stuck.out"
+expect_count 1 'requeued .restart 1.'
+
+# A cancelled job stays so; the same directory goes on by hand.
+ends_as CANCELLED 120 "$three"
+three=$(submit --nodes=2 --ntasks-per-node=1 "$job_script" --run cancelled)
+ends_as COMPLETED 120 "$three"
+same reference cancelled "scancel, and submitted again"
+
+# A node loses power under mpirun: the script asks for the requeue, before SLURM has noticed anything.
+four=$(SELM_LAUNCHER=mpirun submit --nodes=2 --ntasks-per-node=1 "$job_script" --run powerless)
+wait_until 120 "$four at work" log_has "selm-iter-$four.out" 'iteration 1 of 2: rank'
+node=$(scontrol show hostnames "$(squeue -h -j "$four" -o %N)" | tail -n 1)
+kill -9 "$(cat "$SELM_CLUSTER/$node.pid")"
+ends_as COMPLETED 120 "$four"
+expect 0 'requeued .restart 1.' cat "selm-iter-$four.out"
+same reference powerless "a node lost under mpirun"
+finish
