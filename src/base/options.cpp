@@ -56,7 +56,8 @@ void EncodingOptions::describe(OptionVisitor& visitor)
 {
     describe_tokens(visitor);
     visitor.option("run", "on-long-row", on_long_row,
-                   "recipe: a row whose middle-ranked answer goes beyond the model's context: stop|cap", OptionRole::recipe);
+                   "recipe: a row whose middle-ranked answer goes beyond the model's context: stop|cap",
+                   OptionRole::operational); // a run that stopped goes on with cap; what exists depends on neither
 }
 
 void EncodingOptions::describe_tokens(OptionVisitor& visitor)

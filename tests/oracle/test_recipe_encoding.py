@@ -308,10 +308,12 @@ def test_training_refuses_log_probs_of_another_encoding(tiny):
         special = ["--bos-token", bos, "--eos-token", eos] if encoding == "recipe" else []
         return ["--encoding", encoding, "--chat-format", "phi3-2024-04", *special, "--on-long-row", on_long_row]
 
-    for changed, word in ((dict(encoding="chat"), "encoding"), (dict(on_long_row="stop"), "on_long_row"), (dict(eos="0"), "eos_id"),
+    for changed, word in ((dict(encoding="chat"), "encoding"), (dict(eos="0"), "eos_id"),
                           (dict(bos="none"), "bos_id")):
         result = run(*base, *options(**changed))
         assert result.returncode == 65 and f"another {word}" in result.stderr, (word, result.stderr)
+    result = run(*base, *options(on_long_row="stop"))
+    assert result.returncode == 65 and "--on-long-row cap" in result.stderr, result.stderr
     assert run(*base, *options()).returncode == 0
 
 

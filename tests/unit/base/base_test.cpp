@@ -130,7 +130,7 @@ TEST(Options, CommonOnesAreDescribed)
               (std::vector<std::string>{"run.seed", "run.threads operational", "run.device operational", "run.dtype",
                                         "run.engine operational", "run.progress operational", "run.encoding", "run.chat-format",
                                         "run.bos-token", "run.eos-token", "run.max-length", "run.max-prompt-length",
-                                        "run.on-long-row"}));
+                                        "run.on-long-row operational"}));
 }
 
 TEST(Options, DefaultsAreValidAndBadWordsAreNot)
