@@ -117,7 +117,7 @@ foreach(source IN LISTS job_sources)
     cmake_path(GET source STEM name)
     string(REGEX REPLACE "^test_" "" name "${name}")
     add_test(NAME slurm_${name} COMMAND bash "${source}")
-    set_tests_properties(slurm_${name} PROPERTIES LABELS slurm TIMEOUT 300 SKIP_RETURN_CODE 77 ENVIRONMENT "${selm_test_environment}")
+    set_tests_properties(slurm_${name} PROPERTIES LABELS slurm TIMEOUT 300 SKIP_RETURN_CODE 77 RUN_SERIAL TRUE ENVIRONMENT "${selm_test_environment}")
 endforeach()
 
 # --- who may include whom
