@@ -187,11 +187,12 @@ selm_requeue() { # selm_requeue REASON
         say "$1; not requeued, since $run/STOP exists. Remove it and submit again with --run $run to go on"
         exit 75
     fi
-    state=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p')
+    # COMPLETING is a cancelled job, one that SLURM requeues itself, or one at its time limit. Only the last wants a requeue.
+    state=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*JobState=\([A-Z_]*\) Reason=\([A-Za-z_]*\).*/\1 \2/p')
     case $state in
-        RUNNING | TIMEOUT) ;;
+        RUNNING* | TIMEOUT* | *TimeLimit) ;;
         *)
-            say "$1; not requeued by this script, since the job is $state. Submit again with --run $run to go on"
+            say "$1; not requeued by this script, since the job is ${state% *}. Submit again with --run $run to go on"
             exit 75
             ;;
     esac

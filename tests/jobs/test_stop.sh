@@ -29,14 +29,15 @@ STUB
 chmod +x stub/selm_iter
 stuck=$(PATH=$PWD/stub:$PATH SELM_MAX_RESTARTS=2 submit "$job_script" --run stuck)
 
-for job in "$one" "$two"; do
+for run in signalled by_mpirun; do
+    job=$one
+    [ "$run" = signalled ] || job=$two
     ends_as COMPLETED 120 "$job"
     expect 0 'stop signal' cat "selm-iter-$job.out"
     expect_count 1 'everything .*saved; requeued .restart 1.'
-    expect 0 "job $job restart 1" cat runs/../"$([ "$job" = "$one" ] && echo signalled || echo by_mpirun)"/slurm/provenance.txt
+    expect 0 "job $job restart 1" cat "$run/slurm/provenance.txt"
+    same reference "$run" "USR1"
 done
-same reference signalled "USR1 under srun"
-same reference by_mpirun "USR1 under mpirun"
 
 ends_as FAILED 120 "$stuck"
 expect 0 'restarts brought no progress' cat "selm-iter-$stuck.out"
