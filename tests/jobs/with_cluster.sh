@@ -17,14 +17,14 @@ skip() {
 if [ "${1:-}" != --inside ]; then
     [ $# -ge 2 ] || { echo "usage: with_cluster.sh NODES COMMAND..." >&2; exit 64; }
     [ "$(id -u)" = 0 ] || skip "a test cluster needs root"
-    for tool in slurmctld slurmd munged sbatch srun ip unshare; do
+    for tool in slurmctld slurmd munged sbatch srun ip unshare setpriv; do
         command -v "$tool" >/dev/null || skip "$tool is not installed (scripts/deps --slurm)"
     done
     unshare --net --pid --mount --uts --ipc --fork --mount-proc true 2>/dev/null || skip "this machine refuses namespaces"
     unshare --net --uts --fork ip link add probe type bridge 2>/dev/null || skip "this machine refuses network bridges"
-    unshare --net --pid --mount --uts --fork --mount-proc --kill-child bash "${BASH_SOURCE[0]}" --inside "$@" &
+    setpriv --pdeathsig KILL unshare --net --pid --mount --uts --fork --mount-proc --kill-child bash "${BASH_SOURCE[0]}" --inside "$@" &
     outer=$!
-    # A killed unshare takes the first process of the namespace, and so all of it, along.
+    # unshare dies with this shell, and takes the first process of the namespace, and so all of it, along.
     trap 'kill -KILL "$outer" 2>/dev/null || true' EXIT
     trap 'exit 143' TERM INT HUP
     code=0
