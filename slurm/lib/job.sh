@@ -101,7 +101,7 @@ selm_provenance() {
         echo "script ${SLURM_JOB_NAME:-}, recipe $config, site ${SELM_SITE:-generic}, launcher $SELM_LAUNCHER"
         echo "nodes ${SLURM_JOB_NODELIST:-}, tasks ${SLURM_NTASKS:-}"
         echo "modules ${LOADEDMODULES:-none}"
-        "$(selm_program selm_iter)" --version
+        "$(selm_program selm_iter)" --version || echo "selm_iter --version fails"
         scontrol show job "$SLURM_JOB_ID" || true
     } >>"$run/slurm/provenance.txt" 2>&1
 }

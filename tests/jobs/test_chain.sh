@@ -6,7 +6,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/support.sh"
 in_cluster 2 280 "${BASH_SOURCE[0]}"
 make_recipe 16 9
 chain=$SELM_SOURCE_DIR/slurm/submit_chain.sh
-echo "all --nodes=2 --ntasks-per-node=1 --time=5" >phases.cfg
+echo "all --nodes=2 --ntasks-per-node=1 --time=30" >phases.cfg
 
 expect 0 '^state: squeue' "$chain" --config recipe.cfg --run chained --phases phases.cfg
 expect_count 8 '^[0-9]+  (gen|rank|logp|train) of iteration [12]$'

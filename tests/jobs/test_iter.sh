@@ -25,6 +25,17 @@ ends_as COMPLETED 120 "$job"
 expect 0 'launcher mpirun' cat "selm-iter-$job.out"
 same "$by_srun" by_mpirun "two nodes by srun and by mpirun"
 
+# Elements of the scaling job: one node, two nodes, and four, which the job has not.
+job=$(submit --nodes=2 --ntasks-per-node=1 --array=0-2 "$SELM_SOURCE_DIR/jobs/selm_scaling.slurm" --run scaling -- --iterations 1)
+for element in 0 1 2; do
+    ends_as COMPLETED 120 "${job}_$element"
+done
+expect 0 'more than the job' cat "selm-scaling-${job}_2.out"
+expect 0 '"nodes": 1, "tasks": 1, "seconds": [0-9.]+,' cat scaling/scaling.jsonl
+expect_count 1 '"nodes": 2, "tasks": 2, '
+expect_count 2 nodes
+same scaling/nodes1 scaling/nodes2 "one and two nodes" iter1/iter.h5
+
 # A recipe that cannot run fails at once, says why, and is not run again.
 job=$(submit "$SELM_SOURCE_DIR/jobs/selm_iter.slurm" --run bad -- --policy nowhere)
 ends_as FAILED 120 "$job"

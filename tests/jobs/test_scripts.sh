@@ -11,9 +11,7 @@ unset SELM_ROOT SELM_SITE SELM_CONFIG SELM_RUN SLURM_SUBMIT_DIR SLURM_JOB_ID
 cd "$source_dir"
 
 if command -v shellcheck >/dev/null; then
-    for file in jobs/*.slurm slurm/*.sh slurm/lib/*.sh slurm/sites/*/profile.sh tests/jobs/*.sh; do
-        expect 0 '' shellcheck -x "$file"
-    done
+    expect 0 '' shellcheck -x jobs/*.slurm slurm/*.sh slurm/lib/*.sh slurm/sites/*/profile.sh tests/jobs/*.sh
 else
     echo "shellcheck is not installed (scripts/deps --slurm): the scripts are not checked by it"
 fi
