@@ -258,7 +258,8 @@ class RankerPass {
         std::size_t count = 0;
         for (const auto& part : parts) {
             std::vector<ScoredRow> rows(part.size() / sizeof(ScoredRow));
-            std::memcpy(rows.data(), part.data(), part.size());
+            if (!part.empty())
+                std::memcpy(rows.data(), part.data(), part.size());
             for (const ScoredRow& row : rows)
                 all[static_cast<std::size_t>(row.position)] = row;
             count += rows.size();

@@ -160,7 +160,8 @@ void TrainingLoop::check_finite(const Step& step, const std::vector<std::int64_t
     for (const auto& part :
          comm_.all_gather_ragged(std::as_bytes(std::span(bad_rows)), "rows with a non-finite loss")) {
         std::vector<std::int64_t> of_rank(part.size() / sizeof(std::int64_t));
-        std::memcpy(of_rank.data(), part.data(), part.size());
+        if (!part.empty())
+            std::memcpy(of_rank.data(), part.data(), part.size());
         rows.insert(rows.end(), of_rank.begin(), of_rank.end());
     }
     const bool loss = !rows.empty();
