@@ -1,4 +1,5 @@
-# Tests. ctest labels: unit, mpi, oracle (Python references), cli (shell), slurm (batch scripts on a real SLURM), layering. Every test has a time limit.
+# Tests. ctest labels: unit, mpi, oracle (Python references), cli (shell), slurm (batch scripts on a real SLURM), layering.
+# Every test has a time limit.
 
 # Seconds that a test may take; sanitized programs are several times slower.
 set(selm_time_factor 1)

@@ -109,7 +109,8 @@ submit() { # submit PHASE ITERATION
         previous="<$phase-$t>"
         return
     fi
-    id=$("${command[@]}") || die 74 "sbatch refused $phase of iteration $t; submitted so far: ${ids[*]:-none}. scancel them, or correct and use --resume"
+    id=$("${command[@]}") ||
+        die 74 "sbatch refused $phase of iteration $t; submitted so far: ${ids[*]:-none}. scancel them, correct, and --resume"
     id=${id%%;*} # a federation appends the cluster's name
     echo "$id  $phase of iteration $t"
     echo "$id $phase $t" >>"$run/slurm/jobs"

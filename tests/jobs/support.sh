@@ -62,7 +62,7 @@ wait_until() {
             squeue --states=all
             return 1
         fi
-        sleep 0.2
+        sleep 0.1
     done
 }
 

@@ -19,6 +19,11 @@ wait_until 120 "$two at work" log_has "selm-iter-$two.out" 'iteration 1 of 2: ge
 scancel --batch --signal=USR1 "$two"
 wait_until 120 "$three at work" log_has "selm-iter-$three.out" 'iteration 1 of 2: generate'
 scancel "$three"
+ends_as CANCELLED 120 "$three"
+checks=$((checks + 1))
+[ ! -e cancelled/iter2/policy/config.json ] || fail "the cancelled run was finished: nothing was tested"
+# A cancelled job stays so; the same directory goes on by hand.
+three=$(submit --nodes=2 --ntasks-per-node=1 "$job_script" --run cancelled)
 
 # A program that always stops and never gets on: two ends without progress are allowed here.
 mkdir stub
@@ -43,9 +48,6 @@ ends_as FAILED 120 "$stuck"
 expect 0 'restarts brought no progress' cat "selm-iter-$stuck.out"
 expect_count 1 'requeued .restart 1.'
 
-# A cancelled job stays so; the same directory goes on by hand.
-ends_as CANCELLED 120 "$three"
-three=$(submit --nodes=2 --ntasks-per-node=1 "$job_script" --run cancelled)
 ends_as COMPLETED 120 "$three"
 same reference cancelled "scancel, and submitted again"
 
