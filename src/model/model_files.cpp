@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <filesystem>
+#include <set>
 #include <string_view>
 #include <system_error>
 
@@ -110,6 +111,20 @@ void write_model_weights(const std::string& directory, const DecoderConfig& conf
         std::copy_n(parameters[static_cast<std::size_t>(parameter)].f32() + begin, out.size(), out.data());
     };
     write_model_weights(directory, config, ParameterReader(read), dtype, max_shard_bytes);
+}
+
+void check_model_tensors(const SafetensorsReader& reader, const DecoderConfig& config, const std::string& directory)
+{
+    std::set<std::string_view> used{"lm_head.weight", "score.weight"};
+    const auto specs = decoder_parameters(config);
+    for (const ParameterSpec& spec : specs)
+        for (const ParameterSpec::Part& part : spec.parts)
+            used.insert(part.name);
+    for (const auto& entry : reader.tensors())
+        if (!used.contains(entry.first) && !entry.first.ends_with("rotary_emb.inv_freq"))
+            throw data_error(cat(directory, ": tensor '", entry.first, "' is no part of a ", config.model_type, " decoder of ",
+                                 config.layers, " layers as config.json describes it (the model would be computed without it). "
+                                 "Check config.json, or merge or remove the tensor"));
 }
 
 void read_model_parameter(const SafetensorsReader& reader, const ParameterSpec& spec, std::span<float> out)

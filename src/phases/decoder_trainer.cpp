@@ -55,6 +55,7 @@ DecoderTrainer::DecoderTrainer(const TrainOptions& options, bool reward)
     SELM_VALIDATE(
         reward || !config_.sequence_classifier, ExitCode::configuration,
         options.policy << " is a reward model (it has no language-model head). Pass --policy a causal language model");
+    check_model_tensors(reader_, config_, options.policy);
 }
 
 DecoderTrainer::~DecoderTrainer() = default;

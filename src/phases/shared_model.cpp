@@ -1,3 +1,4 @@
+#include "selm/model/model_files.hpp"
 #include "selm/phases/shared_model.hpp"
 
 #include <filesystem>
@@ -57,6 +58,7 @@ std::unique_ptr<SharedModel> SharedModel::from_directory(const std::string& dire
         m.config = DecoderConfig::from_directory(directory);
         m.engine = make_engine(engine_options(options));
         m.reader = std::make_unique<SafetensorsReader>(directory);
+        check_model_tensors(*m.reader, m.config, directory);
         elements = ResidentWeights::memory_elements(m.config, *m.engine, false, m.dtype);
     });
 

@@ -41,6 +41,11 @@ void write_model_weights(const std::string& directory, const DecoderConfig& conf
 void write_model_weights(const std::string& directory, const DecoderConfig& config, std::span<const Tensor> parameters,
                          DType dtype, std::int64_t max_shard_bytes = 5'000'000'000);
 
+/// Every tensor of a decoder's checkpoint must be one that the decoder uses, so that nothing (a bias, a layer beyond the
+/// config's, an adapter) is left out in silence. Heads of another use (lm_head, score) and stored rotary tables may be there.
+/// @throws Error bad_data naming directory and tensor.
+void check_model_tensors(const SafetensorsReader& reader, const DecoderConfig& config, const std::string& directory);
+
 /// Reads decoder_parameters()[parameter] of a checkpoint directory into f32 [rows, columns], contiguous; not rounded.
 void read_model_parameter(const SafetensorsReader& reader, const ParameterSpec& spec, std::span<float> out);
 

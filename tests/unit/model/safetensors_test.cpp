@@ -10,7 +10,9 @@
 #include "selm/base/error.hpp"
 #include "selm/base/files.hpp"
 #include "selm/kernels/engine.hpp"
+#include "selm/model/model_files.hpp"
 #include "temporary_directory.hpp"
+#include "tiny_model.hpp"
 
 namespace selm {
 namespace {
@@ -55,6 +57,36 @@ std::vector<float> numbers(std::size_t count)
 std::vector<SafetensorSource> three_tensors()
 {
     return {source("b", {4, 5}, numbers(20)), source("a", {7}, numbers(7)), source("c", {2, 3, 2}, numbers(12))};
+}
+
+TEST(Safetensors, TensorsThatTheDecoderDoesNotUseAreNamed)
+{
+    const DecoderConfig config = test::tiny_config(true);
+    const test::TinyParameters parameters(config);
+    const TemporaryDirectory temporary;
+    const std::string directory = temporary.path(".");
+    write_model_weights(directory, config, parameters.tensors, DType::f32);
+    check_model_tensors(SafetensorsReader(directory), config, directory);
+
+    std::vector<SafetensorSource> tensors;
+    for (const ParameterSpec& spec : decoder_parameters(config))
+        for (const ParameterSpec::Part& part : spec.parts)
+            tensors.push_back(source(part.name, part.shape, numbers(static_cast<std::size_t>(part.rows * spec.columns))));
+    tensors.push_back(source("lm_head.weight", {config.vocabulary, config.hidden},
+                             numbers(static_cast<std::size_t>(config.vocabulary * config.hidden))));
+    tensors.push_back(source("model.layers.1.self_attn.rotary_emb.inv_freq", {3}, numbers(3)));
+    write_safetensors(directory, tensors, DType::f32);
+    check_model_tensors(SafetensorsReader(directory), config, directory);
+
+    for (const std::string name : {"model.layers.0.self_attn.q_proj.bias", "model.layers.2.mlp.up_proj.weight"}) {
+        auto with_another = tensors;
+        with_another.push_back(source(name, {2}, numbers(2)));
+        write_safetensors(directory, with_another, DType::f32);
+        const SafetensorsReader reader(directory);
+        const Error error = failure_of([&] { check_model_tensors(reader, config, directory); });
+        EXPECT_EQ(error.code(), ExitCode::bad_data);
+        EXPECT_NE(std::string(error.what()).find(name), std::string::npos) << error.what();
+    }
 }
 
 TEST(Safetensors, F32RoundTripIsExact)
