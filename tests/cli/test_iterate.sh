@@ -88,7 +88,9 @@ plan=$("$bin/selm_iter" --config recipe.cfg --dry-run --ranks 2 --format json)
 planned=$(grep '"node_bytes"' <<<"$plan" | tail -1 | tr -dc 0-9)
 used=$(sed 's/.*"peak_bytes":\([0-9]*\).*/\1/' whole/iter?/policy/metrics.jsonl | sort -n | tail -1)
 checks=$((checks + 1))
-[ "$used" -gt 0 ] && [ $((2 * used)) -le "$planned" ] || fail "training used $used bytes of each of two ranks, $planned were planned for both"
+if [ "$used" -le 0 ] || [ $((2 * used)) -gt "$planned" ]; then
+    fail "training used $used bytes of each of two ranks, $planned were planned for both"
+fi
 checks=$((checks + 1))
 [ ! -e RUN ] || fail "a dry run wrote something"
 # A recipe that cannot run: one message, before anything is done.
