@@ -3,12 +3,19 @@
 #include <deque>
 #include <utility>
 
+#include "bf16_wire.hpp"
 #include "selm/base/error.hpp"
 #include "selm/comm/communicator.hpp"
 
 namespace selm {
 
 namespace {
+
+class DoneCollective final : public PendingCollective {
+  public:
+    bool test() override { return true; }
+    void wait() override {}
+};
 
 /// Rank r of n without any peer: with n = 1 a complete communicator, with n > 1 a dry run, in which the contributions of
 /// the others are empty or zero and messages to them vanish.
@@ -67,6 +74,57 @@ class LocalCommunicator final : public Communicator {
             std::memmove(full.data() + offsets[own()], shard.data(), shard.size_bytes()); // shard may lie inside full
     }
 
+    std::unique_ptr<PendingCollective> start_reduce_scatter_sum(std::span<const float> full,
+                                                                std::span<const std::size_t> offsets,
+                                                                std::span<float> shard, std::string_view label) override
+    {
+        reduce_scatter_sum(full, offsets, shard, label);
+        return std::make_unique<DoneCollective>();
+    }
+
+    std::unique_ptr<PendingCollective> start_reduce_scatter_sum_bf16(std::span<const std::uint16_t> full,
+                                                                     std::span<const std::size_t> offsets,
+                                                                     std::span<float> shard, std::string_view) override
+    {
+        check_offsets(offsets, full.size(), shard.size());
+        std::transform(full.begin() + static_cast<std::ptrdiff_t>(offsets[own()]),
+                       full.begin() + static_cast<std::ptrdiff_t>(offsets[own() + 1]), shard.begin(), comm::float_of_bf16);
+        return std::make_unique<DoneCollective>();
+    }
+
+    std::unique_ptr<PendingCollective> start_all_gather_shards(std::span<const float> shard,
+                                                               std::span<const std::size_t> offsets, std::span<float> full,
+                                                               std::string_view label) override
+    {
+        all_gather_shards(shard, offsets, full, label);
+        return std::make_unique<DoneCollective>();
+    }
+
+    std::unique_ptr<PendingCollective> start_exchange(std::span<const Outgoing> outgoing, std::span<const Incoming> incoming,
+                                                      std::string_view) override
+    {
+        std::deque<std::span<const std::byte>> to_self;
+        for (const Outgoing& message : outgoing) {
+            SELM_EXPECT(message.rank >= 0 && message.rank < size_);
+            if (message.rank == rank_)
+                to_self.push_back(message.data);
+        }
+        for (const Incoming& message : incoming) {
+            SELM_EXPECT(message.rank >= 0 && message.rank < size_);
+            if (message.rank != rank_) {
+                std::fill(message.data.begin(), message.data.end(), std::byte{0});
+                continue;
+            }
+            SELM_EXPECT(!to_self.empty() && to_self.front().size() == message.data.size());
+            std::copy(to_self.front().begin(), to_self.front().end(), message.data.begin());
+            to_self.pop_front();
+        }
+        SELM_EXPECT(to_self.empty());
+        return std::make_unique<DoneCollective>();
+    }
+
+    std::unique_ptr<PendingCollective> start_barrier(std::string_view) override { return std::make_unique<DoneCollective>(); }
+
     void send(int destination, int tag, std::span<const std::byte> data) override
     {
         SELM_EXPECT(destination >= 0 && destination < size_ && tag >= 0);
@@ -84,7 +142,14 @@ class LocalCommunicator final : public Communicator {
         return message;
     }
 
-    std::unique_ptr<Communicator> split_node(std::string_view) override { return std::make_unique<LocalCommunicator>(0, 1); }
+    std::unique_ptr<Communicator> split_node(std::string_view, int ranks_at_most) override
+    {
+        SELM_EXPECT(ranks_at_most >= 0);
+        if (ranks_at_most == 0)
+            return std::make_unique<LocalCommunicator>(0, 1);
+        const int first = rank_ / ranks_at_most * ranks_at_most;
+        return std::make_unique<LocalCommunicator>(rank_ - first, std::min(ranks_at_most, size_ - first));
+    }
     std::unique_ptr<Communicator> duplicate(std::string_view) override
     {
         return std::make_unique<LocalCommunicator>(rank_, size_);

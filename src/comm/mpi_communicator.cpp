@@ -11,6 +11,7 @@
 
 #include "message_limit.hpp"
 #include "mpi_call.hpp"
+#include "pending_operation.hpp"
 #include "selm/base/error.hpp"
 
 namespace selm::comm {
@@ -18,7 +19,6 @@ namespace selm::comm {
 namespace {
 
 constexpr std::size_t largest_point_to_point = 64 * 1024;
-constexpr int piece_tag = 32000; // tags of users lie below
 
 std::size_t& message_limit()
 {
@@ -425,6 +425,57 @@ void MpiCommunicator::all_gather_shards(std::span<const float> shard, std::span<
     gather_shards<float>(comm_, shard, offsets, full, label);
 }
 
+int MpiCommunicator::next_reduce_tag()
+{
+    const int tag = first_reduce_tag + next_reduce_++ % reduce_tags;
+    // After so many it is used again; its former user was started by all ranks, so it can be waited for.
+    while (MpiPending* const former = in_flight_with_tag(comm_, tag))
+        former->wait();
+    return tag;
+}
+
+std::unique_ptr<PendingCollective> MpiCommunicator::start_reduce_scatter_sum(std::span<const float> full,
+                                                                             std::span<const std::size_t> offsets,
+                                                                             std::span<float> shard, std::string_view label)
+{
+    check_offsets(offsets, full.size(), shard.size());
+    const int tag = reduce_scatter_needs_tag(offsets, sizeof(float)) ? next_reduce_tag() : -1;
+    return std::make_unique<MpiPending>(start_reduce_scatter(comm_, full, offsets, shard, tag, label), comm_, tag, label);
+}
+
+std::unique_ptr<PendingCollective> MpiCommunicator::start_reduce_scatter_sum_bf16(std::span<const std::uint16_t> full,
+                                                                                  std::span<const std::size_t> offsets,
+                                                                                  std::span<float> shard,
+                                                                                  std::string_view label)
+{
+    check_offsets(offsets, full.size(), shard.size());
+    const int tag = reduce_scatter_needs_tag(offsets, sizeof(std::uint16_t)) ? next_reduce_tag() : -1;
+    return std::make_unique<MpiPending>(start_reduce_scatter(comm_, full, offsets, shard, tag, label), comm_, tag, label);
+}
+
+std::unique_ptr<PendingCollective> MpiCommunicator::start_all_gather_shards(std::span<const float> shard,
+                                                                            std::span<const std::size_t> offsets,
+                                                                            std::span<float> full, std::string_view label)
+{
+    check_offsets(offsets, full.size(), shard.size());
+    return std::make_unique<MpiPending>(start_gather(comm_, shard, offsets, full, label), comm_, -1, label);
+}
+
+std::unique_ptr<PendingCollective> MpiCommunicator::start_exchange(std::span<const Outgoing> outgoing,
+                                                                   std::span<const Incoming> incoming, std::string_view label)
+{
+    for (const Outgoing& message : outgoing)
+        SELM_EXPECT(message.rank >= 0 && message.rank < size_);
+    for (const Incoming& message : incoming)
+        SELM_EXPECT(message.rank >= 0 && message.rank < size_);
+    return std::make_unique<MpiPending>(comm::start_exchange(comm_, outgoing, incoming, exchange_tag, label), comm_, -1, label);
+}
+
+std::unique_ptr<PendingCollective> MpiCommunicator::start_barrier(std::string_view label)
+{
+    return std::make_unique<MpiPending>(comm::start_barrier(comm_, label), comm_, -1, label);
+}
+
 void MpiCommunicator::forget_finished_sends()
 {
     for (auto pending = pending_sends_.begin(); pending != pending_sends_.end();) {
@@ -436,7 +487,7 @@ void MpiCommunicator::forget_finished_sends()
 
 void MpiCommunicator::send(int destination, int tag, std::span<const std::byte> data)
 {
-    SELM_EXPECT(tag >= 0 && tag < piece_tag);
+    SELM_EXPECT(tag >= 0 && tag < first_own_tag);
     SELM_EXPECT(data.size() <= largest_point_to_point);
     SELM_EXPECT(destination >= 0 && destination < size_);
     forget_finished_sends();
@@ -448,7 +499,7 @@ void MpiCommunicator::send(int destination, int tag, std::span<const std::byte> 
 
 std::optional<Communicator::Message> MpiCommunicator::try_receive(int tag)
 {
-    SELM_EXPECT(tag >= 0 && tag < piece_tag);
+    SELM_EXPECT(tag >= 0 && tag < first_own_tag);
     forget_finished_sends();
     int found = 0;
     MPI_Message message = MPI_MESSAGE_NULL;
@@ -463,11 +514,17 @@ std::optional<Communicator::Message> MpiCommunicator::try_receive(int tag)
     return result;
 }
 
-std::unique_ptr<Communicator> MpiCommunicator::split_node(std::string_view label)
+std::unique_ptr<Communicator> MpiCommunicator::split_node(std::string_view label, int ranks_at_most)
 {
+    SELM_EXPECT(ranks_at_most >= 0);
     MPI_Comm node = MPI_COMM_NULL;
     SELM_MPI(label, MPI_Comm_split_type(comm_, MPI_COMM_TYPE_SHARED, rank_, MPI_INFO_NULL, &node));
-    return std::make_unique<MpiCommunicator>(node);
+    auto host = std::make_unique<MpiCommunicator>(node);
+    if (ranks_at_most == 0)
+        return host;
+    MPI_Comm part = MPI_COMM_NULL;
+    SELM_MPI(label, MPI_Comm_split(node, host->rank() / ranks_at_most, host->rank(), &part));
+    return std::make_unique<MpiCommunicator>(part);
 }
 
 std::unique_ptr<Communicator> MpiCommunicator::duplicate(std::string_view label)

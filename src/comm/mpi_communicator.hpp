@@ -34,9 +34,21 @@ class MpiCommunicator final : public Communicator {
                             std::string_view label) override;
     void all_gather_shards(std::span<const float> shard, std::span<const std::size_t> offsets, std::span<float> full,
                            std::string_view label) override;
+    std::unique_ptr<PendingCollective> start_reduce_scatter_sum(std::span<const float> full,
+                                                                std::span<const std::size_t> offsets,
+                                                                std::span<float> shard, std::string_view label) override;
+    std::unique_ptr<PendingCollective> start_reduce_scatter_sum_bf16(std::span<const std::uint16_t> full,
+                                                                     std::span<const std::size_t> offsets,
+                                                                     std::span<float> shard, std::string_view label) override;
+    std::unique_ptr<PendingCollective> start_all_gather_shards(std::span<const float> shard,
+                                                               std::span<const std::size_t> offsets, std::span<float> full,
+                                                               std::string_view label) override;
+    std::unique_ptr<PendingCollective> start_exchange(std::span<const Outgoing> outgoing, std::span<const Incoming> incoming,
+                                                      std::string_view label) override;
+    std::unique_ptr<PendingCollective> start_barrier(std::string_view label) override;
     void send(int destination, int tag, std::span<const std::byte> data) override;
     std::optional<Message> try_receive(int tag) override;
-    std::unique_ptr<Communicator> split_node(std::string_view label) override;
+    std::unique_ptr<Communicator> split_node(std::string_view label, int ranks_at_most) override;
     std::unique_ptr<Communicator> duplicate(std::string_view label) override;
     const void* native_handle() const override { return &comm_; }
 
@@ -48,6 +60,7 @@ class MpiCommunicator final : public Communicator {
 
     void check_offsets(std::span<const std::size_t> offsets, std::size_t full, std::size_t shard) const;
     void forget_finished_sends();
+    int next_reduce_tag();
     std::vector<std::vector<std::byte>> all_to_all_packed(const std::vector<std::vector<std::byte>>& send,
                                                           std::span<const std::uint64_t> receive_bytes, std::string_view label);
     std::vector<std::vector<std::byte>> all_to_all_in_pieces(const std::vector<std::vector<std::byte>>& send,
@@ -57,6 +70,7 @@ class MpiCommunicator final : public Communicator {
     MPI_Comm comm_;
     int rank_ = 0;
     int size_ = 1;
+    int next_reduce_ = 0;
     int exceptions_at_start_;
     std::list<PendingSend> pending_sends_;
 };

@@ -14,6 +14,16 @@ namespace selm {
 
 enum class ReduceOp { sum, min, max };
 
+/// A collective under way. Its buffers belong to it until wait() returned or test() was true. Destroying it unfinished
+/// waits; while an exception unwinds it waits two seconds at most, then the process must end without using the buffers.
+class PendingCollective {
+  public:
+    virtual ~PendingCollective() = default;
+    /// True when the collective is complete on this rank. Not collective; also moves other collectives under way on.
+    virtual bool test() = 0;
+    virtual void wait() = 0;
+};
+
 /**
  * @brief A group of ranks. Implementations: MPI (world, split, node), Single (one rank, no MPI), DryRun (pretends to be
  * rank r of n, moves nothing: partition logic for thousands of ranks on a laptop).
@@ -56,6 +66,41 @@ class Communicator {
     virtual void all_gather_shards(std::span<const float> shard, std::span<const std::size_t> offsets, std::span<float> full,
                                    std::string_view label) = 0;
 
+    // Collectives under way. All ranks start collectives (these and the blocking ones above) in the same order; they may
+    // wait for them in any order, and other collectives may run before wait(). MPI moves data only inside MPI calls:
+    // call test() between pieces of work. The pending objects must be gone before their communicator.
+
+    /// As reduce_scatter_sum and with the same bits. At most the size of `full` is allocated beside. `shard` may be the
+    /// rank's own part of `full`; `full` is unchanged otherwise.
+    virtual std::unique_ptr<PendingCollective> start_reduce_scatter_sum(std::span<const float> full,
+                                                                        std::span<const std::size_t> offsets,
+                                                                        std::span<float> shard, std::string_view label) = 0;
+    /// The same for bf16 values (their upper 16 bits of fp32): bf16 on the wire, summed in fp32 in rank order.
+    virtual std::unique_ptr<PendingCollective> start_reduce_scatter_sum_bf16(std::span<const std::uint16_t> full,
+                                                                             std::span<const std::size_t> offsets,
+                                                                             std::span<float> shard,
+                                                                             std::string_view label) = 0;
+    /// As all_gather_shards; `shard` may be the rank's own part of `full`.
+    virtual std::unique_ptr<PendingCollective> start_all_gather_shards(std::span<const float> shard,
+                                                                       std::span<const std::size_t> offsets,
+                                                                       std::span<float> full, std::string_view label) = 0;
+    struct Outgoing {
+        int rank;
+        std::span<const std::byte> data;
+    };
+    struct Incoming {
+        int rank;
+        std::span<std::byte> data;
+    };
+    /**
+     * @brief Point-to-point exchange in which every message that one rank lists is listed by its partner with the same
+     * size, in the same order per pair and direction; ranks without messages need not call (so: not collective). Any size.
+     * In a dry run messages from other ranks are zeros.
+     */
+    virtual std::unique_ptr<PendingCollective> start_exchange(std::span<const Outgoing> outgoing,
+                                                              std::span<const Incoming> incoming, std::string_view label) = 0;
+    virtual std::unique_ptr<PendingCollective> start_barrier(std::string_view label) = 0;
+
     // Point to point (not collective), for hand-out of work; `tag` >= 0. The message is at most 64 KiB.
     virtual void send(int destination, int tag, std::span<const std::byte> data) = 0; ///< buffered: does not wait for the receiver
     struct Message {
@@ -64,8 +109,12 @@ class Communicator {
     };
     virtual std::optional<Message> try_receive(int tag) = 0; ///< any source; nullopt when nothing has come
 
-    /// Ranks that share memory with this one, ordered by rank.
-    virtual std::unique_ptr<Communicator> split_node(std::string_view label) = 0;
+    /**
+     * @brief Ranks that share memory with this one, ordered by rank.
+     * @param ranks_at_most above 0: consecutive ranks of a host in groups of at most so many (NUMA domains; emulated nodes
+     * in tests). A dry run takes all its ranks as one host then, and the rank alone as its node otherwise.
+     */
+    virtual std::unique_ptr<Communicator> split_node(std::string_view label, int ranks_at_most = 0) = 0;
     virtual std::unique_ptr<Communicator> duplicate(std::string_view label) = 0;
 
     /// Address of the MPI_Comm, or nullptr where there is none (single, dry run); for h5 and comm only. Not collective.
