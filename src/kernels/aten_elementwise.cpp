@@ -90,8 +90,8 @@ void AtenEngine::rms_norm(const Tensor& x_TH, const Tensor& gain, float eps, con
 void AtenEngine::rms_norm_backward(const Tensor& x_TH, const Tensor& gain, const Tensor& rstd, const Tensor& dy_TH,
                                    const Tensor& dx_TH, const Tensor& dgain)
 {
-    SELM_EXPECT(rstd.rows == 1 && rstd.columns == x_TH.rows && gain.columns == x_TH.columns &&
-                dgain.columns == x_TH.columns);
+    SELM_EXPECT(rstd.rows == 1 && rstd.columns == x_TH.rows && gain.columns == x_TH.columns);
+    SELM_EXPECT(dgain.empty() || dgain.columns == x_TH.columns);
     SELM_EXPECT(dy_TH.rows == x_TH.rows && dx_TH.rows == x_TH.rows);
     const c10::InferenceMode no_autograd;
     if (x_TH.empty())
@@ -99,7 +99,8 @@ void AtenEngine::rms_norm_backward(const Tensor& x_TH, const Tensor& gain, const
     const at::Tensor scale = view(rstd).t();
     const at::Tensor normalised = view(x_TH).mul(scale);
     const at::Tensor dy = as_f32(view(dy_TH));
-    view(dgain).add_(dy.mul(normalised).sum({0}, true));
+    if (!dgain.empty())
+        view(dgain).add_(dy.mul(normalised).sum({0}, true));
     const at::Tensor g = dy.mul(view(gain));
     const at::Tensor projection = g.mul(normalised).mean({1}, true);
     view(dx_TH).add_(g.sub(normalised.mul(projection)).mul_(scale));
@@ -142,16 +143,18 @@ void AtenEngine::layer_norm_backward(const Tensor& x_TH, const Tensor& gain, con
                                      const Tensor& dbias)
 {
     SELM_EXPECT(rstd.columns == x_TH.rows && mean.columns == x_TH.rows && gain.columns == x_TH.columns);
-    SELM_EXPECT(dy_TH.rows == x_TH.rows && dx_TH.rows == x_TH.rows && dgain.columns == x_TH.columns &&
-                dbias.columns == x_TH.columns);
+    SELM_EXPECT(dy_TH.rows == x_TH.rows && dx_TH.rows == x_TH.rows);
+    SELM_EXPECT((dgain.empty() || dgain.columns == x_TH.columns) && (dbias.empty() || dbias.columns == x_TH.columns));
     const c10::InferenceMode no_autograd;
     if (x_TH.empty())
         return;
     const at::Tensor scale = view(rstd).t();
     const at::Tensor normalised = view(x_TH).sub(view(mean).t()).mul_(scale);
     const at::Tensor dy = as_f32(view(dy_TH));
-    view(dgain).add_(dy.mul(normalised).sum({0}, true));
-    view(dbias).add_(dy.sum({0}, true));
+    if (!dgain.empty())
+        view(dgain).add_(dy.mul(normalised).sum({0}, true));
+    if (!dbias.empty())
+        view(dbias).add_(dy.sum({0}, true));
     const at::Tensor h = dy.mul(view(gain));
     const at::Tensor projection = h.mul(normalised).mean({1}, true);
     view(dx_TH).copy_(h.sub(h.mean({1}, true)).sub_(normalised.mul(projection)).mul_(scale));

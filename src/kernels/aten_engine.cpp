@@ -306,8 +306,8 @@ void AtenEngine::head_log_probs_backward(const Tensor& h_RH, const PackedWeight&
 {
     const auto rows = static_cast<std::size_t>(h_RH.rows);
     SELM_EXPECT(h_RH.columns == head.inputs && targets.size() == rows && lse.size() == rows && g.size() == rows);
-    SELM_EXPECT(dh_RH.rows == h_RH.rows && dh_RH.columns == head.inputs && dw_VH.rows == head.outputs &&
-                dw_VH.columns == head.inputs && !head.backward.empty());
+    SELM_EXPECT(dh_RH.rows == h_RH.rows && dh_RH.columns == head.inputs && !head.backward.empty());
+    SELM_EXPECT(dw_VH.empty() || (dw_VH.rows == head.outputs && dw_VH.columns == head.inputs));
     expect_targets(targets, head.outputs);
     const c10::InferenceMode no_autograd;
     if (rows == 0)
@@ -328,6 +328,8 @@ void AtenEngine::head_log_probs_backward(const Tensor& h_RH, const PackedWeight&
         d.exp_().mul_(minus_g).scatter_(1, index, at_target);
         const at::Tensor d_logits = d.to(weight.scalar_type());
         view(dh_RH.slice_rows(begin, count)).copy_(at::mm(d_logits, weight));
+        if (dw_VH.empty())
+            continue;
         if (weight.scalar_type() == at::kFloat)
             view(dw_VH).addmm_(d_logits.t(), h);
         else

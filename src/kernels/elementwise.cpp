@@ -104,13 +104,14 @@ void rms_norm_backward(const Tensor& x_TH, const Tensor& gain, const Tensor& rst
 {
     const std::int64_t rows = x_TH.rows, columns = x_TH.columns;
     SELM_EXPECT(dy_TH.rows == rows && dy_TH.columns == columns && dx_TH.rows == rows && dx_TH.columns == columns);
-    SELM_EXPECT(gain.columns == columns && dgain.columns == columns && (rows == 0 || rstd.columns == rows));
+    SELM_EXPECT(gain.columns == columns && (rows == 0 || rstd.columns == rows));
+    SELM_EXPECT(dgain.empty() || dgain.columns == columns);
     if (rows == 0)
         return;
     const float* const rstd_data = rstd.f32();
     const float* const gain_data = gain.f32();
     float* const dgain_data = dgain.f32();
-    for_column_blocks("rms_norm_backward_gain", columns, [&](std::int64_t begin, std::int64_t count) {
+    for_column_blocks("rms_norm_backward_gain", dgain.empty() ? 0 : columns, [&](std::int64_t begin, std::int64_t count) {
         for (std::int64_t row = 0; row < rows; ++row) {
             const float* x = x_TH.row_f32(row) + begin;
             const float* dy = dy_TH.row_f32(row) + begin;
@@ -165,13 +166,14 @@ void layer_norm_backward(const Tensor& x_TH, const Tensor& gain, const Tensor& m
 {
     const std::int64_t rows = x_TH.rows, columns = x_TH.columns;
     SELM_EXPECT(dy_TH.rows == rows && dy_TH.columns == columns && dx_TH.rows == rows && dx_TH.columns == columns);
-    SELM_EXPECT(gain.columns == columns && dgain.columns == columns && dbias.columns == columns);
+    SELM_EXPECT(gain.columns == columns);
+    SELM_EXPECT((dgain.empty() || dgain.columns == columns) && (dbias.empty() || dbias.columns == columns));
     SELM_EXPECT(rows == 0 || (rstd.columns == rows && mean.columns == rows));
     if (rows == 0)
         return;
     const float *const mean_data = mean.f32(), *const rstd_data = rstd.f32(), *const gain_data = gain.f32();
     float* const dgain_data = dgain.f32();
-    for_column_blocks("layer_norm_backward_gain", columns, [&](std::int64_t begin, std::int64_t count) {
+    for_column_blocks("layer_norm_backward_gain", dgain.empty() ? 0 : columns, [&](std::int64_t begin, std::int64_t count) {
         for (std::int64_t row = 0; row < rows; ++row) {
             const float* x = x_TH.row_f32(row) + begin;
             const float* dy = dy_TH.row_f32(row) + begin;
@@ -181,7 +183,8 @@ void layer_norm_backward(const Tensor& x_TH, const Tensor& gain, const Tensor& m
                 to[c] += dy[c] * ((x[c] - center) * scale);
         }
     });
-    bias_backward(dy_TH, dbias);
+    if (!dbias.empty())
+        bias_backward(dy_TH, dbias);
     for_rows("layer_norm_backward", rows, [&](std::int64_t row) {
         layer_norm_backward_row(x_TH.row_f32(row), gain_data, {mean_data[row], rstd_data[row]}, dy_TH.row_f32(row),
                                 columns, dx_TH.row_f32(row));

@@ -134,7 +134,8 @@ void XsmmEngine::head_log_probs_backward(const Tensor& h_RH, const PackedWeight&
                        width = kernels_.panel_width();
     SELM_EXPECT(!head.backward.empty()); // packed without backward
     SELM_EXPECT(h_RH.columns == inputs && dh_RH.rows == rows && dh_RH.columns == inputs);
-    SELM_EXPECT(dw_VH.rows == vocabulary && dw_VH.columns == inputs);
+    const bool wants_weight_gradient = !dw_VH.empty();
+    SELM_EXPECT(!wants_weight_gradient || (dw_VH.rows == vocabulary && dw_VH.columns == inputs));
     SELM_EXPECT(static_cast<std::int64_t>(targets.size()) == rows && lse.size() == targets.size());
     SELM_EXPECT(g.size() == targets.size());
     check_targets(targets, vocabulary);
@@ -147,12 +148,15 @@ void XsmmEngine::head_log_probs_backward(const Tensor& h_RH, const PackedWeight&
             return values.subspan(static_cast<std::size_t>(sweep), static_cast<std::size_t>(count));
         };
         float* const h_panels = x_panels_.get((inputs + width - 1) / width * width * count);
-        copy_to_column_panels(h_RH.row_f32(sweep), h_RH.stride, count, inputs, width, h_panels);
+        if (wants_weight_gradient)
+            copy_to_column_panels(h_RH.row_f32(sweep), h_RH.stride, count, inputs, width, h_panels);
         for (std::int64_t column = 0; column < vocabulary; column += columns_per_tile) {
             const std::int64_t columns = std::min(columns_per_tile, vocabulary - column);
             multiply_head_tile(h_RH, head, sweep, count, column, columns, tile);
             differentiate_tile(tile, column, columns, row_span(targets), row_span(lse), row_span(g));
             add_head_input_gradient(head, tile, column, columns, dh_RH.slice_rows(sweep, count));
+            if (!wants_weight_gradient)
+                continue;
             simd::transpose(tile, columns_per_tile, count, columns, tile_transposed, count);
             add_weight_gradient({.dy_transposed = tile_transposed,
                                  .dy_stride = count,

@@ -59,16 +59,20 @@ Tensor DecodeSession::Impl::run()
         return logits_RV;
     const LayerActivations a = d.activations(d.work, rows, false);
     d.engine.embed(tokens, d.weights.embedding(), a.x_in);
+    d.weights.release_embedding();
     for (std::int64_t layer = 0; layer < d.config.layers; ++layer) {
-        d.forward_layer(layer, a, positions, [&](const Tensor& qkv, const Tensor& attended) {
-            d.engine.attention_cached(qkv, d.shape, *cache, layer, spans, attended);
-        });
+        d.forward_layer(d.weights.layer(layer, WeightUse::forward), a, positions,
+                        [&](const Tensor& qkv, const Tensor& attended) {
+                            d.engine.attention_cached(qkv, d.shape, *cache, layer, spans, attended);
+                        });
+        d.weights.release(layer);
     }
     if (results > 0) {
         const Tensor x_selected = d.selected_rows.view(d.engine, results, d.config.hidden, DType::f32);
         const Tensor hidden_RH = hidden.view(d.engine, results, d.config.hidden, d.activation);
         d.final_norm(a.x_out, wanted, x_selected, {}, hidden_RH);
-        d.engine.logits(hidden_RH, d.weights.head(), logits_RV);
+        d.engine.logits(hidden_RH, d.weights.head(WeightUse::forward), logits_RV);
+        d.weights.release_head();
     }
     return logits_RV;
 }

@@ -56,10 +56,9 @@ LayerActivations Decoder::Impl::activations(LayerBuffers& buffers, std::int64_t 
     return a;
 }
 
-void Decoder::Impl::forward_layer(std::int64_t layer, const LayerActivations& a, std::span<const std::int32_t> positions,
-                                  const Attention& attention)
+void Decoder::Impl::forward_layer(const LayerWeights& w, const LayerActivations& a,
+                                  std::span<const std::int32_t> positions, const Attention& attention)
 {
-    const LayerWeights& w = weights.layer(layer);
     const Tensor normed_TH = normed.view(engine, a.x_in.rows, config.hidden, activation);
     const Tensor activated_TI = activated.view(engine, a.x_in.rows, config.intermediate, activation);
     engine.rms_norm(a.x_in, w.input_norm, eps, normed_TH, a.rstd_in);
@@ -73,7 +72,6 @@ void Decoder::Impl::forward_layer(std::int64_t layer, const LayerActivations& a,
     engine.swiglu(a.gate_up, activated_TI);
     copy(a.x_mid, a.x_out);
     engine.linear_add(activated_TI, w.down, a.x_out);
-    weights.release(layer);
 }
 
 void Decoder::Impl::final_norm(const Tensor& x, std::span<const std::int64_t> rows, const Tensor& x_selected,
@@ -83,39 +81,14 @@ void Decoder::Impl::final_norm(const Tensor& x, std::span<const std::int64_t> ro
     engine.rms_norm(x_selected, weights.final_norm(), eps, hidden, rstd);
 }
 
-namespace {
-
-/// A pass, and for a kept one what backward needs. A pass without tokens (a rank without rows) has empty tensors.
-class PassState final : public Decoder::Pass {
-  public:
-    ~PassState() override
-    {
-        if (saved)
-            spare->push_back(std::move(saved)); // the next kept pass takes the memory over
-    }
-    Tensor hidden() const override { return hidden_RH; }
-
-    PackedBatch batch; ///< tokens, positions, segments and selected only
-    bool kept = false;
-    Tensor hidden_RH;
-    Tensor x_selected; ///< f32 [R, H], before the final norm
-    Tensor rstd;       ///< f32 [1, R]
-    std::unique_ptr<SavedLayers> saved;
-    std::vector<LayerActivations> layers;
-    std::shared_ptr<std::vector<std::unique_ptr<SavedLayers>>> spare;
-};
-
-class ScoredPassState final : public Decoder::ScoredPass {
-  public:
-    std::span<const float> log_probs() const override { return values; }
-
-    std::unique_ptr<Decoder::Pass> pass;
-    std::vector<std::int32_t> targets;
-    std::vector<float> values;
-    std::vector<float> lse;
-};
-
-} // namespace
+void Decoder::Impl::head_log_probs(const Tensor& hidden, std::span<const std::int32_t> targets, std::span<float> log_probs,
+                                   std::span<float> lse)
+{
+    const PackedWeight& head = weights.head(WeightUse::forward);
+    if (!targets.empty())
+        engine.head_log_probs(hidden, head, targets, log_probs, lse);
+    weights.release_head();
+}
 
 Decoder::Decoder(DecoderConfig config, Engine& engine, WeightStore& weights)
     : impl_(std::make_unique<Impl>(std::move(config), engine, weights))
@@ -126,157 +99,73 @@ Decoder::~Decoder() = default;
 const DecoderConfig& Decoder::config() const { return impl_->config; }
 Engine& Decoder::engine() const { return impl_->engine; }
 
-std::unique_ptr<Decoder::Pass> Decoder::forward(const PackedBatch& batch, bool keep)
-{
-    Impl& d = *impl_;
-    auto pass = std::make_unique<PassState>();
-    pass->kept = keep;
-    const auto tokens = static_cast<std::int64_t>(batch.tokens.size());
-    const auto scored = static_cast<std::int64_t>(batch.selected.size());
-    if (tokens == 0) {
-        SELM_EXPECT(scored == 0);
-        return pass;
-    }
-    d.check_tokens(batch.tokens, batch.positions);
-    d.rope.cover(*std::max_element(batch.positions.begin(), batch.positions.end()) + 1);
-    pass->hidden_RH = d.engine.allocate(scored, d.config.hidden, d.activation);
-    if (keep) {
-        pass->batch = {batch.tokens, batch.positions, batch.segments, batch.selected, {}, {}, 0};
-        pass->x_selected = d.engine.allocate(scored, d.config.hidden, DType::f32);
-        pass->rstd = d.engine.allocate(1, scored, DType::f32);
-        pass->spare = d.spare;
-        if (d.spare->empty()) {
-            pass->saved = std::make_unique<SavedLayers>();
-            pass->saved->layers.resize(static_cast<std::size_t>(d.config.layers));
-        } else {
-            pass->saved = std::move(d.spare->back());
-            d.spare->pop_back();
-        }
-        for (LayerBuffers& buffers : pass->saved->layers)
-            pass->layers.push_back(d.activations(buffers, tokens, true));
-        for (std::size_t i = 0; i + 1 < pass->layers.size(); ++i)
-            pass->layers[i].x_out = pass->layers[i + 1].x_in;
-        pass->layers.back().x_out = pass->saved->x_out.view(d.engine, tokens, d.config.hidden, DType::f32);
-    } else {
-        pass->layers.assign(static_cast<std::size_t>(d.config.layers), d.activations(d.work, tokens, false));
-    }
-    d.engine.embed(batch.tokens, d.weights.embedding(), pass->layers.front().x_in);
-    for (std::int64_t i = 0; i < d.config.layers; ++i) {
-        const LayerActivations& a = pass->layers[static_cast<std::size_t>(i)];
-        d.forward_layer(i, a, batch.positions, [&](const Tensor& qkv, const Tensor& attended) {
-            d.engine.attention(qkv, d.shape, batch.segments, attended, a.lse);
-        });
-    }
-    if (scored > 0) {
-        const Tensor x_selected =
-            keep ? pass->x_selected : d.selected_rows.view(d.engine, scored, d.config.hidden, DType::f32);
-        d.final_norm(pass->layers.back().x_out, batch.selected, x_selected, pass->rstd, pass->hidden_RH);
-    }
-    if (!keep)
-        pass->layers.clear();
-    return pass;
-}
-
 namespace {
 
-/// Every parameter below the head, in the order in which backward finishes them.
-template<typename Visit>
-void for_each_in_backward_order(const DecoderConfig& config, Visit&& visit)
+/// What the pass saves for backward; its layers' activations are set up.
+void keep(PassState& pass, const PackedBatch& batch, Decoder::Impl& d)
 {
-    visit(ParameterIndex::final_norm(config));
-    for (std::int64_t layer = config.layers - 1; layer >= 0; --layer) {
-        for (std::int64_t parameter = ParameterIndex::down(layer); parameter >= ParameterIndex::input_norm(layer); --parameter)
-            visit(parameter);
+    pass.kept = true;
+    pass.spare = d.spare;
+    pass.batch = {batch.tokens, batch.positions, batch.segments, batch.selected, {}, {}, 0};
+    if (pass.tokens() == 0)
+        return;
+    const auto scored = static_cast<std::int64_t>(batch.selected.size());
+    pass.x_selected = d.engine.allocate(scored, d.config.hidden, DType::f32);
+    pass.rstd = d.engine.allocate(1, scored, DType::f32);
+    if (d.spare->empty()) {
+        pass.saved = std::make_unique<SavedLayers>();
+        pass.saved->layers.resize(static_cast<std::size_t>(d.config.layers));
+    } else {
+        pass.saved = std::move(d.spare->back());
+        d.spare->pop_back();
     }
-    visit(ParameterIndex::embedding);
+    for (LayerBuffers& buffers : pass.saved->layers)
+        pass.layers.push_back(d.activations(buffers, pass.tokens(), true));
+    for (std::size_t i = 0; i + 1 < pass.layers.size(); ++i)
+        pass.layers[i].x_out = pass.layers[i + 1].x_in;
+    pass.layers.back().x_out = pass.saved->x_out.view(d.engine, pass.tokens(), d.config.hidden, DType::f32);
 }
 
 } // namespace
 
-/// One layer's backward: d_x [T, H] comes in as the gradient of x_out and leaves as that of x_in.
-struct LayerBackward {
-    Decoder::Impl& d;
-    GradientSink& gradients;
-    const PackedBatch& batch;
-    Tensor d_x;
-
-    Tensor scratch(Buffer& buffer, std::int64_t columns) { return buffer.view(d.engine, d_x.rows, columns, d.activation); }
-    void finish_weight(std::int64_t parameter, const Tensor& d_output, const Tensor& input)
-    {
-        d.engine.linear_backward_weight(d_output, input, gradients.gradient(parameter));
-        gradients.ready(parameter);
-    }
-    void mlp(std::int64_t layer, const LayerActivations& a, const LayerWeights& w)
-    {
-        const Tensor d_activated = scratch(d.d_activated, d.config.intermediate);
-        const Tensor activated = scratch(d.activated, d.config.intermediate);
-        d.engine.linear_backward_input(d_x, w.down, d_activated);
-        d.engine.swiglu_backward(a.gate_up, d_activated, activated);
-        finish_weight(ParameterIndex::down(layer), d_x, activated);
-        norm_and_linear(ParameterIndex::gate_up(layer), ParameterIndex::post_norm(layer), a.gate_up, w.gate_up, a.x_mid,
-                        w.post_norm, a.rstd_mid);
-    }
-    void attention(std::int64_t layer, const LayerActivations& a, const LayerWeights& w)
-    {
-        const Tensor d_attended = scratch(d.d_attended, a.attended.columns);
-        const Tensor d_qkv = scratch(d.d_qkv, a.qkv.columns);
-        d.engine.linear_backward_input(d_x, w.out, d_attended);
-        finish_weight(ParameterIndex::out(layer), d_x, a.attended);
-        d.engine.attention_backward(a.qkv, d.shape, batch.segments, a.attended, a.lse, d_attended, d_qkv);
-        d.engine.rope(d_qkv, d.shape, batch.positions, d.rope.cosines(), d.rope.sines(), true);
-        norm_and_linear(ParameterIndex::qkv(layer), ParameterIndex::input_norm(layer), d_qkv, w.qkv, a.x_in, w.input_norm,
-                        a.rstd_in);
-    }
-    /// Backward of linear(rms_norm(x)); the normalised input is recomputed rather than kept.
-    void norm_and_linear(std::int64_t weight_parameter, std::int64_t norm_parameter, const Tensor& d_output,
-                         const PackedWeight& weight, const Tensor& x, const Tensor& gain, const Tensor& rstd)
-    {
-        const Tensor normed = scratch(d.normed, d.config.hidden);
-        const Tensor d_normed = scratch(d.d_normed, d.config.hidden);
-        d.engine.rms_norm(x, gain, d.eps, normed, {});
-        finish_weight(weight_parameter, d_output, normed);
-        d.engine.linear_backward_input(d_output, weight, d_normed);
-        d.engine.rms_norm_backward(x, gain, rstd, d_normed, d_x, gradients.gradient(norm_parameter));
-        gradients.ready(norm_parameter);
-    }
-};
-
-void Decoder::backward(Pass& pass, const Tensor& d_hidden, GradientSink& gradients)
+std::unique_ptr<Decoder::Pass> Decoder::forward(const PackedBatch& batch, bool keep_activations)
 {
     Impl& d = *impl_;
-    auto& state = dynamic_cast<PassState&>(pass);
-    SELM_EXPECT(state.kept);
-    if (state.batch.tokens.empty()) {
-        for_each_in_backward_order(d.config, [&](std::int64_t parameter) { gradients.ready(parameter); });
-        return;
+    const auto tokens = static_cast<std::int64_t>(batch.tokens.size());
+    const auto scored = static_cast<std::int64_t>(batch.selected.size());
+    SELM_EXPECT(tokens > 0 || scored == 0);
+    d.check_tokens(batch.tokens, batch.positions);
+    auto pass = std::make_unique<PassState>();
+    if (tokens > 0) {
+        d.rope.cover(*std::max_element(batch.positions.begin(), batch.positions.end()) + 1);
+        pass->hidden_RH = d.engine.allocate(scored, d.config.hidden, d.activation);
     }
-    SELM_EXPECT(state.saved && d_hidden.rows == state.hidden_RH.rows);
-    const auto tokens = static_cast<std::int64_t>(state.batch.tokens.size());
-    const Tensor d_x = d.d_x.view(d.engine, tokens, d.config.hidden, DType::f32);
-    d.engine.fill_zero(d_x);
-    if (d_hidden.rows > 0) {
-        const Tensor d_selected = d.selected_rows.view(d.engine, d_hidden.rows, d.config.hidden, DType::f32);
-        d.engine.fill_zero(d_selected);
-        d.engine.rms_norm_backward(state.x_selected, d.weights.final_norm(), state.rstd, d_hidden, d_selected,
-                                   gradients.gradient(ParameterIndex::final_norm(d.config)));
-        d.engine.scatter_add_rows(d_selected, state.batch.selected, d_x);
+    if (keep_activations)
+        keep(*pass, batch, d);
+    else if (tokens > 0)
+        pass->layers.assign(static_cast<std::size_t>(d.config.layers), d.activations(d.work, tokens, false));
+    const Tensor& embedding = d.weights.embedding();
+    if (tokens > 0)
+        d.engine.embed(batch.tokens, embedding, pass->layers.front().x_in);
+    d.weights.release_embedding();
+    for (std::int64_t i = 0; i < d.config.layers; ++i) {
+        const LayerWeights& w = d.weights.layer(i, WeightUse::forward);
+        if (tokens > 0) {
+            const LayerActivations& a = pass->layers[static_cast<std::size_t>(i)];
+            d.forward_layer(w, a, batch.positions, [&](const Tensor& qkv, const Tensor& attended) {
+                d.engine.attention(qkv, d.shape, batch.segments, attended, a.lse);
+            });
+        }
+        d.weights.release(i);
     }
-    gradients.ready(ParameterIndex::final_norm(d.config));
-    LayerBackward backward{d, gradients, state.batch, d_x};
-    for (std::int64_t layer = d.config.layers - 1; layer >= 0; --layer) {
-        const LayerWeights& w = d.weights.layer(layer);
-        backward.mlp(layer, state.layers[static_cast<std::size_t>(layer)], w);
-        backward.attention(layer, state.layers[static_cast<std::size_t>(layer)], w);
-        d.weights.release(layer);
+    if (scored > 0) {
+        const Tensor x_selected =
+            pass->kept ? pass->x_selected : d.selected_rows.view(d.engine, scored, d.config.hidden, DType::f32);
+        d.final_norm(pass->layers.back().x_out, batch.selected, x_selected, pass->rstd, pass->hidden_RH);
     }
-    for (std::int64_t i = 0; i < tokens; ++i) { // see DecoderConfig::padding_token
-        if (state.batch.tokens[static_cast<std::size_t>(i)] == d.config.padding_token)
-            d.engine.fill_zero(d_x.slice_rows(i, 1));
-    }
-    d.engine.embed_backward(state.batch.tokens, d_x, gradients.gradient(ParameterIndex::embedding));
-    gradients.ready(ParameterIndex::embedding);
-    state.layers.clear();
-    d.spare->push_back(std::move(state.saved)); // gate_up holds gradients now: a second backward would be wrong
+    if (!pass->kept)
+        pass->layers.clear();
+    return pass;
 }
 
 namespace {
@@ -296,8 +185,7 @@ std::vector<float> Decoder::log_probs(const PackedBatch& batch)
     const auto pass = forward(batch, false);
     std::vector<float> values(batch.targets.size());
     std::vector<float> lse(values.size());
-    if (!values.empty())
-        impl_->engine.head_log_probs(pass->hidden(), impl_->weights.head(), batch.targets, values, lse);
+    impl_->head_log_probs(pass->hidden(), batch.targets, values, lse);
     return values;
 }
 
@@ -309,28 +197,8 @@ std::unique_ptr<Decoder::ScoredPass> Decoder::forward_scored(const PackedBatch& 
     scored->targets = batch.targets;
     scored->values.resize(batch.targets.size());
     scored->lse.resize(batch.targets.size());
-    if (!scored->values.empty())
-        impl_->engine.head_log_probs(scored->pass->hidden(), impl_->weights.head(), scored->targets, scored->values,
-                                     scored->lse);
+    impl_->head_log_probs(scored->pass->hidden(), scored->targets, scored->values, scored->lse);
     return scored;
-}
-
-void Decoder::backward_scored(ScoredPass& pass, std::span<const float> g, GradientSink& gradients)
-{
-    Impl& d = *impl_;
-    auto& state = dynamic_cast<ScoredPassState&>(pass);
-    SELM_EXPECT(g.size() == state.targets.size());
-    const std::int64_t head = ParameterIndex::head(d.config);
-    const auto scored = static_cast<std::int64_t>(g.size());
-    Tensor d_hidden;
-    if (scored > 0) {
-        d_hidden = d.engine.allocate(scored, d.config.hidden, d.activation);
-        d.engine.head_log_probs_backward(state.pass->hidden(), d.weights.head(), state.targets, state.lse, g, d_hidden,
-                                         gradients.gradient(head));
-    }
-    if (head != ParameterIndex::embedding)
-        gradients.ready(head);
-    backward(*state.pass, d_hidden, gradients);
 }
 
 std::int64_t Decoder::activation_bytes(std::int64_t tokens, std::int64_t scored) const

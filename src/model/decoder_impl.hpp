@@ -58,12 +58,46 @@ struct Decoder::Impl {
     void copy(const Tensor& from, const Tensor& to);
 
     using Attention = std::function<void(const Tensor& qkv, const Tensor& attended)>;
-    void forward_layer(std::int64_t layer, const LayerActivations& a, std::span<const std::int32_t> positions,
+    void forward_layer(const LayerWeights& w, const LayerActivations& a, std::span<const std::int32_t> positions,
                        const Attention& attention);
     LayerActivations activations(LayerBuffers& buffers, std::int64_t tokens, bool keep);
     /// hidden [R, H] = final norm of the given rows of x; x_selected and rstd are saved when not empty.
     void final_norm(const Tensor& x, std::span<const std::int64_t> rows, const Tensor& x_selected, const Tensor& rstd,
                     const Tensor& hidden);
+    /// Asks for the head and releases it, also where there is nothing to score.
+    void head_log_probs(const Tensor& hidden, std::span<const std::int32_t> targets, std::span<float> log_probs,
+                        std::span<float> lse);
+};
+
+/// A pass, and for a kept one what backward needs. A pass without tokens (a rank without rows) has empty tensors.
+class PassState final : public Decoder::Pass {
+  public:
+    ~PassState() override
+    {
+        if (saved)
+            spare->push_back(std::move(saved)); // the next kept pass takes the memory over
+    }
+    Tensor hidden() const override { return hidden_RH; }
+    std::int64_t tokens() const { return static_cast<std::int64_t>(batch.tokens.size()); }
+
+    PackedBatch batch; ///< tokens, positions, segments and selected only
+    bool kept = false;
+    Tensor hidden_RH;
+    Tensor x_selected; ///< f32 [R, H], before the final norm
+    Tensor rstd;       ///< f32 [1, R]
+    std::unique_ptr<SavedLayers> saved;
+    std::vector<LayerActivations> layers;
+    std::shared_ptr<std::vector<std::unique_ptr<SavedLayers>>> spare;
+};
+
+class ScoredPassState final : public Decoder::ScoredPass {
+  public:
+    std::span<const float> log_probs() const override { return values; }
+
+    std::unique_ptr<Decoder::Pass> pass;
+    std::vector<std::int32_t> targets;
+    std::vector<float> values;
+    std::vector<float> lse;
 };
 
 } // namespace selm

@@ -319,13 +319,30 @@ void ResidentWeights::refresh()
     impl_->pack_flat();
 }
 
-const LayerWeights& ResidentWeights::layer(std::int64_t index)
+const LayerWeights& ResidentWeights::layer(std::int64_t index, WeightUse use)
 {
     SELM_EXPECT(index >= 0 && index < impl_->config.layers);
+    SELM_EXPECT(use == WeightUse::forward || impl_->options.with_backward);
     return impl_->layers[static_cast<std::size_t>(index)];
 }
 const Tensor& ResidentWeights::embedding() { return impl_->embedding; }
 const Tensor& ResidentWeights::final_norm() { return impl_->final_norm; }
-const PackedWeight& ResidentWeights::head() { return impl_->head; }
+
+const PackedWeight& ResidentWeights::head(WeightUse use)
+{
+    SELM_EXPECT(use == WeightUse::forward || impl_->options.with_backward);
+    return impl_->head;
+}
+
+std::vector<std::int64_t> decoder_parameter_groups(const DecoderConfig& config)
+{
+    std::vector<std::int64_t> ends = {ParameterIndex::embedding + 1};
+    for (std::int64_t layer = 0; layer < config.layers; ++layer)
+        ends.push_back(ParameterIndex::down(layer) + 1);
+    ends.push_back(ParameterIndex::final_norm(config) + (config.sequence_classifier ? 2 : 1));
+    if (!config.sequence_classifier && !config.tied_embeddings)
+        ends.push_back(ParameterIndex::head(config) + 1);
+    return ends;
+}
 
 } // namespace selm

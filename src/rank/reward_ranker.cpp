@@ -107,7 +107,8 @@ class RewardRanker final : public Ranker {
             Engine& engine = parts_.decoder.engine();
             const auto pass = parts_.decoder.forward(batch, false);
             const Tensor out = engine.allocate(static_cast<std::int64_t>(branches), 1, DType::f32);
-            engine.logits(pass->hidden(), parts_.weights.head(), out);
+            engine.logits(pass->hidden(), parts_.weights.head(WeightUse::forward), out);
+            parts_.weights.release_head();
             engine.copy_to_host(out, rewards.data());
         }
         std::size_t first = 0;

@@ -125,7 +125,7 @@ class Engine {
     virtual void embed_backward(std::span<const std::int32_t> tokens, const Tensor& dx_TH, const Tensor& d_embedding_VH) = 0;
     /// y = gain * x / sqrt(mean(x^2) + eps); x f32, gain f32 [1, H], rstd f32 [1, T] is written (may be empty).
     virtual void rms_norm(const Tensor& x_TH, const Tensor& gain, float eps, const Tensor& y_TH, const Tensor& rstd) = 0;
-    /// dx (f32) += backward; dgain (f32 [1, H]) +=.
+    /// dx (f32) += backward; dgain (f32 [1, H]) += unless it is empty.
     virtual void rms_norm_backward(const Tensor& x_TH, const Tensor& gain, const Tensor& rstd, const Tensor& dy_TH,
                                    const Tensor& dx_TH, const Tensor& dgain) = 0;
     /// Rotates query and key heads of qkv [T, QKV] in place (half-split convention of Llama in transformers).
@@ -140,7 +140,8 @@ class Engine {
     /// f32 [1, H]; mean, rstd f32 [1, T] are written (may be empty). y may be residual.
     virtual void layer_norm(const Tensor& x_TH, const Tensor& residual_TH, const Tensor& gain, const Tensor& bias, float eps,
                             const Tensor& y_TH, const Tensor& mean, const Tensor& rstd) = 0;
-    /// dx (f32, overwritten; may be dy) from dy, for the x that layer_norm normalised; dgain, dbias (f32 [1, H]) +=.
+    /// dx (f32, overwritten; may be dy) from dy, for the x that layer_norm normalised; dgain, dbias (f32 [1, H]) +=, each
+    /// unless it is empty.
     virtual void layer_norm_backward(const Tensor& x_TH, const Tensor& gain, const Tensor& mean, const Tensor& rstd,
                                      const Tensor& dy_TH, const Tensor& dx_TH, const Tensor& dgain, const Tensor& dbias) = 0;
     /// a = x Phi(x), Phi the normal distribution function (GELU with erf). a may be x.
@@ -184,7 +185,8 @@ class Engine {
     /// log softmax(h W^T)[target] and the log-sum-exp, f32 [R] each (host), in chunks: no [R, V] matrix exists.
     virtual void head_log_probs(const Tensor& h_RH, const PackedWeight& head, std::span<const std::int32_t> targets,
                                 std::span<float> log_probs, std::span<float> lse) = 0;
-    /// For loss L with g = dL/dlog_prob: dh = d L/d h (overwritten), dw (f32 [V, H]) += dL/dW; recomputes logits in chunks.
+    /// For loss L with g = dL/dlog_prob: dh = d L/d h (overwritten), dw (f32 [V, H]) += dL/dW unless it is empty; recomputes
+    /// logits in chunks.
     virtual void head_log_probs_backward(const Tensor& h_RH, const PackedWeight& head, std::span<const std::int32_t> targets,
                                          std::span<const float> lse, std::span<const float> g, const Tensor& dh_RH,
                                          const Tensor& dw_VH) = 0;

@@ -17,15 +17,33 @@ namespace selm {
 class GradientSink {
   public:
     virtual ~GradientSink() = default;
+    /// Asked for right before backward adds to it (a tied embedding's: for the head, and again for the inputs), and not at
+    /// all where the pass adds nothing. Empty: the parameter is frozen, its gradient is not computed; the gradients of the
+    /// others have the same bits as without.
     virtual Tensor gradient(std::int64_t parameter) = 0;
-    /// Called once per backward pass when a parameter's gradient of this pass is complete (last layer first).
+    /// Called once per backward pass and parameter, frozen ones too, when its gradient of this pass is complete: in
+    /// backward_order(), whatever the batch.
     virtual void ready(std::int64_t parameter) = 0;
 };
+
+/// All parameters in the order in which a backward pass completes them: an untied language-model head (or score head, which
+/// is left to the caller of Decoder::backward); the final norm; from the last layer to the first down, gate_up, post_norm,
+/// out, qkv, input_norm; the embedding.
+std::vector<std::int64_t> backward_order(const DecoderConfig& config);
 
 /**
  * @brief Decoder-only transformer of the Llama family, written once against Engine with an explicit backward.
  *
- * Does not communicate. Row invariance follows the engine's: a packed row's results do not depend on the other rows.
+ * Does not communicate itself; its WeightStore and its GradientSink may. Every call makes the same calls of them in the
+ * same order, whatever the batch, also without scored tokens and without tokens:
+ * - forward: embedding, release_embedding; of each layer from 0 on layer(forward), release.
+ * - log_probs, forward_scored: forward; head(forward), release_head.
+ * - backward: ready of the final norm; of each layer from the last on layer(backward), ready of its parameters, release;
+ *   ready of the embedding.
+ * - backward_scored: head(backward), release_head; ready of an untied head; backward.
+ *
+ * Bad input throws before the first of these calls. Row invariance follows the engine's: a packed row's results do not
+ * depend on the other rows.
  */
 class Decoder {
   public:
@@ -80,7 +98,8 @@ struct DecodeWork {
     bool wants_logits = false; ///< of the last token
 };
 
-/// Continuous-batching decoder state over a preallocated KV cache.
+/// Continuous-batching decoder state over a preallocated KV cache. For weights that are resident: which of them a step asks
+/// for depends on its work.
 class DecodeSession {
   public:
     DecodeSession(Decoder& decoder, std::int64_t slots, std::int64_t capacity);

@@ -21,17 +21,35 @@ struct LayerWeights {
     PackedWeight down;    ///< [H, I]
 };
 
-/// Where a decoder's weights come from. The caller injects it; a sharded store gathers in layer() and frees in release().
+/// What a weight is wanted for. Backward needs the panels of linear_backward_input too, beside those of forward.
+enum class WeightUse { forward, backward };
+
+/**
+ * @brief Where a decoder's weights come from. The caller injects it; a sharded store gathers in layer(), embedding() and
+ * head(), and frees in the release functions.
+ *
+ * Such a store communicates in these calls, so Decoder makes them in an order that depends on nothing but the layers and
+ * the pass: the same for a normal batch, for one without scored tokens and for one without tokens (see Decoder). Each
+ * reference is valid until its release; until then nothing else is asked for but final_norm(). After the release the
+ * decoder and the engine hold no handle to the weights: what they share the ownership of can be freed.
+ */
 class WeightStore {
   public:
     virtual ~WeightStore() = default;
-    virtual const LayerWeights& layer(std::int64_t index) = 0;
+    virtual const LayerWeights& layer(std::int64_t index, WeightUse use) = 0;
     virtual void release(std::int64_t index) = 0;
     virtual const Tensor& embedding() = 0; ///< [V, H] f32 or bf16
+    virtual void release_embedding() {}
+    /// f32 [1, H]. So small that every rank has it at all times: may be asked for whenever, never communicates.
     virtual const Tensor& final_norm() = 0;
     /// Language-model head [V, H] (the packed embedding when tied) or score head [1, H].
-    virtual const PackedWeight& head() = 0;
+    virtual const PackedWeight& head(WeightUse use) = 0;
+    virtual void release_head() {}
 };
+
+/// Parameters that a sharded store gathers together, as ends (exclusive) of ranges of decoder_parameters(): the embedding;
+/// each layer; the final norm, with the score head of a sequence classifier; the language-model head when untied.
+std::vector<std::int64_t> decoder_parameter_groups(const DecoderConfig& config);
 
 /**
  * @brief All weights resident and packed. Reads a checkpoint directory, or is refreshed from a flat f32 parameter buffer.
@@ -67,11 +85,12 @@ class ResidentWeights final : public WeightStore {
     /// Repacks this part from the flat parameters after an optimizer step.
     void refresh();
 
-    const LayerWeights& layer(std::int64_t index) override;
+    /// @param use backward: only when packed with_backward.
+    const LayerWeights& layer(std::int64_t index, WeightUse use) override;
     void release(std::int64_t) override {}
     const Tensor& embedding() override;
     const Tensor& final_norm() override;
-    const PackedWeight& head() override;
+    const PackedWeight& head(WeightUse use) override;
 
   private:
     struct Impl;

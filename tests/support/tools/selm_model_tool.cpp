@@ -91,7 +91,7 @@ void logits(const Json& request)
             batch.selected.push_back(i);
         const auto pass = model.decoder->forward(batch, false);
         const auto values = model.engine->allocate(pass->hidden().rows, model.config.vocabulary, selm::DType::f32);
-        model.engine->logits(pass->hidden(), model.weights->head(), values);
+        model.engine->logits(pass->hidden(), model.weights->head(selm::WeightUse::forward), values);
         output.write(to_host(*model.engine, values));
     }
     output.finish();
@@ -216,7 +216,7 @@ void scores(const Json& request)
         batch.add_last_token(ids, trunk_alone);
     const auto pass = model.decoder->forward(batch, false);
     const auto values = model.engine->allocate(pass->hidden().rows, 1, selm::DType::f32);
-    model.engine->linear(pass->hidden(), model.weights->head(), values);
+    model.engine->linear(pass->hidden(), model.weights->head(selm::WeightUse::forward), values);
     Output output(request);
     output.write(to_host(*model.engine, values));
     output.finish();

@@ -94,6 +94,9 @@ TEST_P(ElementwiseTest, rms_norm_backward_accumulates)
             // sums of `rows` terms below about 12 (4 deviations of dy times 3 of x rstd)
             expect_close(values(dgain), expected.dgain, 1e-6 * (12 + std::sqrt(static_cast<double>(rows))),
                          cat("dgain of ", rows, " x ", width));
+            const Tensor alone = tensor(dx_before, 3);
+            engine().rms_norm_backward(x_t, gain_t, rstd, tensor(dy, 2), alone, {});
+            EXPECT_EQ(values(alone).values, values(dx).values) << "without dgain";
         }
     }
 }

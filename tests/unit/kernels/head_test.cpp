@@ -118,6 +118,9 @@ TEST_P(HeadTest, backward_as_defined)
                      text(s) + ", dh");
         expect_close(values(dw), expected_dw, relative * std::max(1.0, largest_magnitude(expected_dw)),
                      text(s) + ", dw");
+        const Tensor alone = output(s.rows, s.hidden, 1);
+        engine().head_log_probs_backward(tensor(p.h, 3), packed(p.w), p.targets, forward.lse, p.g, alone, {});
+        EXPECT_EQ(values(alone).values, values(dh).values) << text(s) << ", without dw";
     }
 }
 

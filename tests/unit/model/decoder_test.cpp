@@ -328,7 +328,7 @@ std::vector<float> packed_logits(TinyModel& model, const Ids& ids, std::int64_t 
         batch.selected.push_back(i);
     const auto pass = model.decoder.forward(batch, false);
     std::vector<float> out(batch.selected.size() * 53);
-    model.engine->logits(pass->hidden(), model.weights.head(), borrow_f32(out.data(), pass->hidden().rows, 53));
+    model.engine->logits(pass->hidden(), model.weights.head(WeightUse::forward), borrow_f32(out.data(), pass->hidden().rows, 53));
     return out;
 }
 
@@ -561,7 +561,7 @@ TEST(SequenceClassifier, RewardIsTheScoreOfTheLastHiddenState)
     const Tensor hidden = pass->hidden();
     ASSERT_EQ(hidden.rows, 2);
     std::vector<float> scores(2);
-    model.engine->linear(hidden, model.weights.head(), borrow_f32(scores.data(), 2, 1));
+    model.engine->linear(hidden, model.weights.head(WeightUse::forward), borrow_f32(scores.data(), 2, 1));
     const std::vector<float>& score = model.parameters.values.back();
     const double expected = std::inner_product(score.begin(), score.end(), hidden.row_f32(1), 0.0);
     EXPECT_NEAR(scores[1], expected, 1e-5);

@@ -2,6 +2,8 @@
 
 #include <cmath>
 #include <random>
+#include <set>
+#include <string>
 #include <vector>
 
 #include "selm/kernels/engine.hpp"
@@ -46,8 +48,8 @@ struct TinyParameters {
 };
 
 struct TinyModel {
-    explicit TinyModel(const DecoderConfig& model, unsigned seed = 1)
-        : config(model), parameters(model, seed), engine(make_engine({.engine = "aten"})),
+    explicit TinyModel(const DecoderConfig& model, unsigned seed = 1, const std::string& engine_name = "aten")
+        : config(model), parameters(model, seed), engine(make_engine({.engine = engine_name})),
           weights(config, *engine, parameters.tensors, {.dtype = DType::f32, .with_backward = true}),
           decoder(config, *engine, weights)
     {
@@ -70,7 +72,7 @@ inline std::vector<std::int32_t> random_tokens(unsigned seed, std::size_t count,
     return tokens;
 }
 
-/// Keeps gradients and the order of ready().
+/// Keeps gradients and the order of ready(). Parameters in `frozen` get none.
 class RecordingSink final : public GradientSink {
   public:
     explicit RecordingSink(const DecoderConfig& config)
@@ -80,12 +82,16 @@ class RecordingSink final : public GradientSink {
             tensors.push_back(borrow_f32(buffer.data(), spec.rows, spec.columns));
         }
     }
-    Tensor gradient(std::int64_t parameter) override { return tensors[static_cast<std::size_t>(parameter)]; }
+    Tensor gradient(std::int64_t parameter) override
+    {
+        return frozen.contains(parameter) ? Tensor{} : tensors[static_cast<std::size_t>(parameter)];
+    }
     void ready(std::int64_t parameter) override { order.push_back(parameter); }
 
     std::vector<std::vector<float>> values;
     std::vector<Tensor> tensors;
     std::vector<std::int64_t> order;
+    std::set<std::int64_t> frozen;
 };
 
 inline double largest_difference(std::span<const float> a, std::span<const float> b)
