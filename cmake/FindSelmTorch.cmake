@@ -12,9 +12,13 @@ if(EXISTS "${selm_torch_root}/version.py")
 endif()
 
 if(SELM_ENABLE_CUDA)
-    set(CMAKE_CUDA_STANDARD 17) # CMake 3.25 knows no C++20 flag for current nvcc
     if(CMAKE_CUDA_ARCHITECTURES AND NOT TORCH_CUDA_ARCH_LIST)
         message(FATAL_ERROR "Set TORCH_CUDA_ARCH_LIST beside CMAKE_CUDA_ARCHITECTURES (for example 9.0 and 90)")
+    endif()
+    # A wheel's CUDA libraries need the nvidia wheels beside it; without them the programs fail to link, name by name.
+    if(EXISTS "${selm_torch_root}/lib/libtorch_nvshmem.so" AND NOT EXISTS "${SELM_PYTHON_SITE}/nvidia/cusparselt")
+        message(FATAL_ERROR "LibTorch in ${SELM_PYTHON_SITE} lacks the nvidia wheels that its CUDA libraries need. "
+                            "Run scripts/deps --reference, or set SELM_PYTHON_SITE to a site-packages directory of a whole `pip install torch`")
     endif()
     find_package(Torch REQUIRED HINTS "${selm_torch_root}/share/cmake/Torch")
     add_library(selm::torch INTERFACE IMPORTED)

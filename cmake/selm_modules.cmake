@@ -1,17 +1,22 @@
 # Targets of the modules and programs, and the flags that all of them share.
 
 add_library(selm_flags INTERFACE)
-target_compile_options(selm_flags INTERFACE -Wall -Wextra)
+# Flags for the C++ compiler; nvcc (*.cu) has its own.
+function(selm_add_flags)
+    foreach(flag IN LISTS ARGN)
+        target_compile_options(selm_flags INTERFACE "$<$<NOT:$<COMPILE_LANGUAGE:CUDA>>:${flag}>")
+    endforeach()
+endfunction()
+selm_add_flags(-Wall -Wextra)
 if(SELM_WARNINGS_AS_ERRORS)
     # GCC 12 reports std::string's own operator+ as an overlapping copy (GCC bug 105651).
-    target_compile_options(selm_flags INTERFACE -Werror
-        $<$<AND:$<CXX_COMPILER_ID:GNU>,$<VERSION_LESS:$<CXX_COMPILER_VERSION>,13>>:-Wno-restrict>)
+    selm_add_flags(-Werror $<$<AND:$<CXX_COMPILER_ID:GNU>,$<VERSION_LESS:$<CXX_COMPILER_VERSION>,13>>:-Wno-restrict>)
 endif()
 if(SELM_NATIVE)
-    target_compile_options(selm_flags INTERFACE -march=native)
+    selm_add_flags(-march=native)
 endif()
 if(SELM_SANITIZE)
-    target_compile_options(selm_flags INTERFACE -fsanitize=${SELM_SANITIZE} -fno-omit-frame-pointer)
+    selm_add_flags(-fsanitize=${SELM_SANITIZE} -fno-omit-frame-pointer)
     target_link_options(selm_flags INTERFACE -fsanitize=${SELM_SANITIZE})
 endif()
 if(SELM_ENABLE_CUDA)
@@ -33,6 +38,9 @@ string(STRIP "${CMAKE_CXX_FLAGS} ${CMAKE_CXX_FLAGS_${selm_build_type_upper}}${se
 string(JOIN ", " selm_library_text
        "MPI ${SELM_MPI_TEXT}" "HDF5 ${HDF5_VERSION}" "Kokkos ${SELM_KOKKOS_VERSION}" "LibTorch ${SELM_TORCH_VERSION}"
        "Arrow ${SELM_ARROW_VERSION}" "Boost ${Boost_VERSION_STRING}")
+if(SELM_ENABLE_CUDA)
+    string(APPEND selm_library_text ", CUDA ${CUDAToolkit_VERSION}, NCCL ${SELM_NCCL_VERSION}")
+endif()
 add_custom_target(selm_build_info
     COMMAND ${CMAKE_COMMAND} -DSOURCE_DIR=${CMAKE_SOURCE_DIR} -DOUTPUT=${SELM_GENERATED_DIR}/selm_build_info.hpp
             -DVERSION=${PROJECT_VERSION} "-DCOMPILER=${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER_VERSION}"
@@ -43,9 +51,13 @@ add_custom_target(selm_build_info
 
 # selm_add_module(NAME [MODULES m...] [PUBLIC lib...] [PRIVATE lib...]): target selm_NAME, alias selm::NAME, from
 # src/NAME/*.cpp. MODULES are linked PUBLIC, because public headers include theirs. Without sources: an interface library.
+# Files named cuda_* and nccl_* (.cpp, .cu) belong to the CUDA build alone.
 function(selm_add_module name)
     cmake_parse_arguments(PARSE_ARGV 1 arg "" "" "MODULES;PUBLIC;PRIVATE")
-    file(GLOB sources CONFIGURE_DEPENDS "${CMAKE_SOURCE_DIR}/src/${name}/*.cpp")
+    file(GLOB sources CONFIGURE_DEPENDS "${CMAKE_SOURCE_DIR}/src/${name}/*.cpp" "${CMAKE_SOURCE_DIR}/src/${name}/*.cu")
+    if(NOT SELM_ENABLE_CUDA)
+        list(FILTER sources EXCLUDE REGEX "/(cuda|nccl)_[^/]*$")
+    endif()
     list(TRANSFORM arg_MODULES PREPEND "selm::")
     if(sources)
         add_library(selm_${name} STATIC ${sources})

@@ -1,4 +1,5 @@
-# Tests. ctest labels: unit, mpi, oracle (Python references), cli (shell), slurm (batch scripts on a real SLURM), layering.
+# Tests. ctest labels: unit, mpi, oracle (Python references), cli (shell), slurm (batch scripts on a real SLURM), layering,
+# gpu (the CUDA build alone; skipped where no device is visible).
 # Every test has a time limit.
 
 # Seconds that a test may take; sanitized programs are several times slower.
@@ -77,6 +78,27 @@ foreach(module IN LISTS selm_test_modules)
         endforeach()
     endif()
 endforeach()
+
+# --- on CUDA devices: the parameter `cuda` of the kernels' tests, and tests/gpu/MODULE on 1 to 4 ranks
+if(SELM_ENABLE_CUDA)
+    set(selm_gpu_properties LABELS gpu TIMEOUT ${selm_test_timeout} RUN_SERIAL TRUE SKIP_REGULAR_EXPRESSION "no CUDA device is visible")
+    add_test(NAME gpu_kernels COMMAND unit_kernels "--gtest_filter=*/*cuda")
+    set_tests_properties(gpu_kernels PROPERTIES ${selm_gpu_properties} ENVIRONMENT "${selm_test_environment}")
+    foreach(module comm)
+        file(GLOB gpu_sources CONFIGURE_DEPENDS "${CMAKE_SOURCE_DIR}/tests/gpu/${module}/*.cpp")
+        if(gpu_sources)
+            selm_test_program(gpu_${module} "${CMAKE_SOURCE_DIR}/tests/support/mpi_main.cpp" ${module} ${gpu_sources})
+            target_link_libraries(gpu_${module} PRIVATE selm::comm selm::kernels)
+            foreach(ranks RANGE 1 4)
+                add_test(NAME gpu_${module}_np${ranks}
+                         COMMAND ${MPIEXEC_EXECUTABLE} ${selm_mpiexec_flags} ${MPIEXEC_NUMPROC_FLAG} ${ranks}
+                                 $<TARGET_FILE:gpu_${module}>)
+                set_tests_properties(gpu_${module}_np${ranks} PROPERTIES ${selm_gpu_properties} PROCESSORS ${ranks}
+                    ENVIRONMENT "${selm_mpi_environment};SELM_TEST_WATCHDOG_S=${selm_test_watchdog}")
+            endforeach()
+        endif()
+    endforeach()
+endif()
 
 # --- tests/support/tools/NAME.cpp: a program that Python references talk to, linked to the modules whose headers it includes
 file(GLOB tool_sources CONFIGURE_DEPENDS "${CMAKE_SOURCE_DIR}/tests/support/tools/*.cpp")

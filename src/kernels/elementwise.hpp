@@ -6,6 +6,7 @@
 #include <limits>
 #include <span>
 
+#include "scalar_functions.hpp"
 #include "selm/kernels/engine.hpp"
 
 // Elementwise and row kernels in Kokkos, with one body for every execution space; the functions declared here run on
@@ -16,19 +17,8 @@ namespace selm::elementwise {
 /// Floats summed side by side by the row reductions: a whole number of vectors of any instruction set.
 inline constexpr int lanes = 16;
 
-/// Round to nearest even; a NaN stays a NaN (made quiet).
-inline std::uint16_t to_bf16(float value)
-{
-    const auto bits = std::bit_cast<std::uint32_t>(value);
-    const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const std::uint32_t quiet = (bits >> 16) | 0x40u;
-    return static_cast<std::uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
-}
-
-inline float from_bf16(std::uint16_t value)
-{
-    return std::bit_cast<float>(static_cast<std::uint32_t>(value) << 16);
-}
+inline std::uint16_t to_bf16(float value) { return bf16_of(value); }
+inline float from_bf16(std::uint16_t value) { return float_of_bf16(value); }
 
 /**
  * @brief exp(x) with a relative error below 2e-7 for |x| <= 87; 0 below -87.3, infinity above 88.7; NaN stays NaN.
