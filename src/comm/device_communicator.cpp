@@ -87,13 +87,11 @@ DeviceCommunicator::DeviceCommunicator(Communicator& ranks, const Options& optio
       exceptions_at_start_(std::uncaught_exceptions())
 {
     choose_device(ranks);
+    const auto ids = prepare(ranks);
+    // From here on nothing is agreed on: a rank that is missing must end in this rank's time-out, not in a wait for it.
     try {
         for (const DevicePurpose purpose : purposes)
-            connect(purpose, ranks);
-        agree(ranks, "device communicator", [&] {
-            compute_event_ = backend_->create_event();
-            scratch_ = backend_->allocate(options_.scratch_bytes + sizeof(float)); // and the barrier's word
-        });
+            connect(purpose, ids[static_cast<std::size_t>(purpose)]);
     } catch (...) {
         for (const DevicePurpose purpose : purposes)
             backend_->abort(purpose);
@@ -127,18 +125,33 @@ void DeviceCommunicator::choose_device(Communicator& ranks)
     description_ = cat(backend_->version(), ", device ", device_, " (", place.name, ", ", place.bus, ") of ", place.host);
 }
 
-void DeviceCommunicator::connect(DevicePurpose purpose, Communicator& ranks)
+/// Memory, and rank 0's ids on all ranks. Collective.
+std::array<std::vector<std::byte>, 2> DeviceCommunicator::prepare(Communicator& ranks)
 {
-    std::vector<std::byte> id;
-    agree(ranks, "device communicator", [&] {
-        if (rank_ == 0)
-            id = backend_->unique_id();
-    });
-    std::uint64_t bytes = id.size();
-    broadcast_value(ranks, bytes, 0, "device communicator's id");
-    id.resize(bytes);
-    ranks.broadcast(id, 0, "device communicator's id");
-    // From here on no agreement: a rank that is missing must end in this rank's time-out, not in a wait for it.
+    std::array<std::vector<std::byte>, 2> ids;
+    try {
+        agree(ranks, "device communicator", [&] {
+            compute_event_ = backend_->create_event();
+            scratch_ = backend_->allocate(options_.scratch_bytes + sizeof(float)); // and the barrier's word
+            if (rank_ == 0)
+                for (auto& id : ids)
+                    id = backend_->unique_id();
+        });
+        for (auto& id : ids) {
+            std::uint64_t bytes = id.size();
+            broadcast_value(ranks, bytes, 0, "device communicator's id");
+            id.resize(bytes);
+            ranks.broadcast(id, 0, "device communicator's id");
+        }
+    } catch (...) {
+        release();
+        throw;
+    }
+    return ids;
+}
+
+void DeviceCommunicator::connect(DevicePurpose purpose, const std::vector<std::byte>& id)
+{
     const std::string label = cat("connecting GPUs for ", name_of(purpose));
     try {
         backend_->start_connect(purpose, id, rank_, size_);

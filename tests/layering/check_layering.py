@@ -29,6 +29,7 @@ TABLE = {
 # (pattern of the included name, what it is, directories that may include it)
 THIRD_PARTY = [
     (r"(mpi|mpio|nccl)\.h$", "MPI/NCCL", ["src/comm/"]),
+    (r"(cuda|cuda_runtime|cuda_runtime_api|cuda_bf16)\.h$", "CUDA", ["src/comm/", "src/kernels/"]),
     (r"(hdf5|H5[A-Za-z]*public)\.h$", "HDF5", ["src/h5/", "include/selm/h5/"]),
     (r"(torch|ATen|c10|caffe2)/", "LibTorch", ["src/kernels/"]),
     (r"Kokkos_|KokkosCore", "Kokkos", ["src/kernels/", "src/apps/"]),
@@ -119,6 +120,7 @@ def self_check():
         "src/algo/mpi.cpp": "#include <mpi.h>\n",
         "include/selm/comm/mpi.hpp": "  #  include <mpi.h>\n",
         "src/data/hdf5.cpp": "#include <hdf5.h>\n",
+        "src/shard/cuda.cu": "#include <cuda_runtime_api.h>\n",
         "include/selm/kernels/torch.hpp": "#include <ATen/core/Tensor.h>\n",
         "src/model/torch.cpp": "#include <torch/torch.h>\n",
         "include/selm/model/json.hpp": "#include <nlohmann/json.hpp>\n",

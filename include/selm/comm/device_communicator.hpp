@@ -122,7 +122,8 @@ class DeviceCommunicator {
     };
 
     void choose_device(Communicator& ranks);
-    void connect(DevicePurpose purpose, Communicator& ranks);
+    std::array<std::vector<std::byte>, 2> prepare(Communicator& ranks);
+    void connect(DevicePurpose purpose, const std::vector<std::byte>& id);
     void close() noexcept;
     void release() noexcept;
     void launch(DevicePurpose purpose, std::string_view label, const std::function<void()>& operation);

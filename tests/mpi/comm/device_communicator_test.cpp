@@ -11,6 +11,7 @@
 
 #include "device_backend.hpp"
 #include "mpi_test.hpp"
+#include "selm/base/error.hpp"
 #include "selm/base/rng.hpp"
 
 // DeviceCommunicator on a back end of host memory that moves data by MPI, behaves as slowly and fails as told.
@@ -111,8 +112,9 @@ class FakeBackend final : public DeviceBackend {
     void record(void*, void* stream) override
     {
         for (const DevicePurpose purpose : {DevicePurpose::gradients, DevicePurpose::parameters})
-            if (stream == this->stream(purpose))
+            if (stream == this->stream(purpose)) {
                 EXPECT_EQ(polls_left_[index(purpose)], 0) << "recorded before the operation was on the stream";
+            }
     }
     bool is_done(void*) override { return !script_.stalled; }
     void stream_waits(void* stream, void*) override
@@ -190,8 +192,9 @@ class FakeBackend final : public DeviceBackend {
         ASSERT_TRUE(in_group_);
         for (const auto& [memory, length] : memory_) { // scratch memory must not be overrun
             const auto* const begin = static_cast<const std::byte*>(memory);
-            if (data >= begin && data < begin + length)
+            if (data >= begin && data < begin + length) {
                 ASSERT_LE(static_cast<std::byte*>(data) + bytes, begin + length);
+            }
         }
         incoming_.push_back({source, {static_cast<std::byte*>(data), bytes}});
     }
@@ -372,8 +375,9 @@ TEST(DeviceCommunicatorTest, BroadcastsExchangesAndBarriers)
     }
     device->exchange(DevicePurpose::gradients, outgoing, incoming, "ring");
     device->barrier(DevicePurpose::gradients, "end of step");
-    if (world().size() > 1)
+    if (world().size() > 1) {
         EXPECT_EQ(received, expected);
+    }
 }
 
 TEST(DeviceCommunicatorTest, PurposesWaitForEachOtherUnlessConcurrent)
