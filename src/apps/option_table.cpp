@@ -347,6 +347,13 @@ void OptionTable::read_config(const std::string& text, const std::string& file, 
     }
 }
 
+bool OptionTable::switched_on(const std::string& name) const
+{
+    return std::any_of(entries_.begin(), entries_.end(), [&](const Entry& entry) {
+        return entry.name == name && entry.on_command_line && entry.words.back() == "on";
+    });
+}
+
 void OptionTable::apply()
 {
     for (Entry& entry : entries_) {

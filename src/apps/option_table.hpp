@@ -49,6 +49,9 @@ class OptionTable {
     /// Lines for the user about keys of sections that this program reads but does not use.
     const std::vector<std::string>& warnings() const { return warnings_; }
 
+    /// Whether the command line has --name and not "--name off".
+    bool switched_on(const std::string& name) const;
+
     /// Sets the variables. @throws Error usage (command line) or configuration (file) on a value that does not convert.
     void apply();
 

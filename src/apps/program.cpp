@@ -134,6 +134,12 @@ std::int64_t thread_count(const ProgramSpec& spec)
     return finder.threads;
 }
 
+/// Answers that a login node gives, where neither MPI nor a device may start.
+bool is_alone(const ProgramSpec& spec, const OptionTable& table)
+{
+    return !spec.alone.empty() && table.switched_on(spec.alone);
+}
+
 ExitCode run_body(const ProgramSpec& spec, OptionTable& table, const OptionTable::Request& request, Communicator& world,
                   const std::function<ExitCode(ProgramContext&)>& body)
 {
@@ -145,7 +151,9 @@ ExitCode run_body(const ProgramSpec& spec, OptionTable& table, const OptionTable
     }
     for (const std::string& warning : table.warnings())
         log_root(LogLevel::warning, warning);
-    const KokkosSession kokkos(thread_count(spec));
+    std::optional<KokkosSession> kokkos;
+    if (!is_alone(spec, table))
+        kokkos.emplace(thread_count(spec));
     const std::string recipe = table.recipe_text();
     ProgramContext context{world, table.config_text(), recipe, hash_hex(recipe)};
     const ExitCode code = body(context);
@@ -231,6 +239,10 @@ int run_program(int argc, char** argv, const ProgramSpec& spec, const std::funct
         const OptionTable::Request request = table.read_command_line(arguments, spec.positional);
         if (const auto code = answer_without_work(spec, table, arguments, request))
             return *code;
+        if (is_alone(spec, table)) {
+            const auto alone = make_single_communicator();
+            return is_first_process() ? static_cast<int>(run_body(spec, table, request, *alone, body)) : 0;
+        }
         return run_with_mpi(argc, argv, spec, table, request, body);
     } catch (const Error& error) {
         if (is_first_process())

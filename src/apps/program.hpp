@@ -18,6 +18,7 @@ struct ProgramSpec {
     std::function<void(OptionVisitor&)> describe;    ///< binds the options' variables
     std::function<void()> validate;                  ///< after the values are set; may be empty
     std::string positional;                          ///< option that an argument without -- sets; may be empty
+    std::string alone = {};                          ///< switch with which one process works, without MPI and Kokkos; may be empty
 };
 
 /// What a program's body gets.

@@ -12,7 +12,8 @@ int main(int argc, char** argv)
         .example = "--config recipe.cfg --run DIR",
         .describe = [&](OptionVisitor& visitor) { options.describe(visitor); },
         .validate = [&] { options.validate(); },
-        .positional = {}};
+        .positional = {},
+        .alone = "status"};
     return apps::run_program(argc, argv, spec, [&](apps::ProgramContext& context) {
         options.recipe_text = context.recipe_text;
         const IterateReport report = run_iterate(options, context.world, std::cout);

@@ -174,6 +174,56 @@ void check_binding(const std::string& directory, const JournalBinding& found, co
                              "Run with what it was made with, or remove that directory to start anew"));
 }
 
+/// A file that may grow or vanish while it is read.
+class GrowingFile {
+  public:
+    explicit GrowingFile(const std::string& path) : descriptor_(::open(path.c_str(), O_RDONLY | O_CLOEXEC)) {}
+    ~GrowingFile()
+    {
+        if (descriptor_ >= 0)
+            ::close(descriptor_);
+    }
+    GrowingFile(const GrowingFile&) = delete;
+    GrowingFile& operator=(const GrowingFile&) = delete;
+
+    /// False where it ends before the value does.
+    template<typename T>
+    bool read(std::int64_t at, T& value) const
+    {
+        return descriptor_ >= 0 && ::pread(descriptor_, &value, sizeof value, at) == static_cast<ssize_t>(sizeof value);
+    }
+    bool has(std::int64_t bytes) const
+    {
+        char last = 0;
+        return bytes == 0 || read(bytes - 1, last);
+    }
+
+  private:
+    int descriptor_;
+};
+
+/// Rows of a journal file's whole records, by their heads. @return false where something else stands instead of a record.
+bool rows_of_file(const std::string& path, std::vector<std::int64_t>& rows)
+{
+    const GrowingFile file(path);
+    std::array<char, 8> magic{};
+    std::int64_t size = 0;
+    if (!file.read(0, magic) || !file.read(sizeof magic, size))
+        return true; // its maker has not come further
+    if (magic != file_magic || size < 0)
+        return false;
+    auto at = static_cast<std::int64_t>(sizeof magic + sizeof size + sizeof(std::uint64_t)) + size;
+    for (RecordHead head; file.read(at, head);) {
+        if (head.magic != record_magic || head.bytes < 0)
+            return false;
+        at += static_cast<std::int64_t>(sizeof head + sizeof(std::uint64_t)) + head.bytes;
+        if (!file.has(at))
+            break;
+        rows.push_back(head.row);
+    }
+    return true;
+}
+
 /// Where a record lies: orders duplicates.
 struct Place {
     std::int64_t row, file, index;
@@ -361,6 +411,28 @@ void Journal::remove_leftover(const std::string& output)
 bool Journal::exists(const std::string& output)
 {
     return !journal_files(directory_of(output)).empty();
+}
+
+JournalSurvey Journal::survey(const std::string& output)
+{
+    JournalSurvey found;
+    std::vector<std::int64_t> rows;
+    for (const std::string& name : journal_files(directory_of(output))) {
+        const std::string path = directory_of(output) + "/" + name;
+        if (attempt_of(name) > found.attempt) {
+            found.attempt = attempt_of(name);
+            found.attempt_rows = 0;
+            found.attempt_files.clear();
+        }
+        const std::size_t before = rows.size();
+        if (!rows_of_file(path, rows))
+            found.damaged.push_back(path);
+        found.attempt_rows += static_cast<std::int64_t>(rows.size() - before); // sorted by name: attempts ascend
+        found.attempt_files.push_back(path);
+    }
+    std::sort(rows.begin(), rows.end());
+    found.rows = std::unique(rows.begin(), rows.end()) - rows.begin();
+    return found;
 }
 
 void PayloadWriter::raw(const void* data, std::size_t size)

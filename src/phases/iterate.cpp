@@ -12,6 +12,7 @@
 #include "selm/base/error.hpp"
 #include "selm/base/log.hpp"
 #include "selm/comm/agree.hpp"
+#include "selm/phases/run_status.hpp"
 
 namespace selm {
 namespace {
@@ -197,7 +198,7 @@ void IterateOptions::describe(OptionVisitor& visitor)
     visitor.option("run", "policy", policy, "Hugging Face model directory to start from", OptionRole::recipe);
     visitor.option("run", "iterations", iterations, "iterations, each on its own portion of train", OptionRole::recipe);
     visitor.option("run", "first-iteration", first_iteration, "selm|dpo (dpo: the given pairs, no new answers, alpha 0)", OptionRole::recipe);
-    visitor.option("run", "status", status, "print where the run directory stands and exit; reads only", OptionRole::operational);
+    visitor.option("run", "status", status, "print where the run stands and exit; reads only, needs no MPI", OptionRole::operational);
     visitor.option("run", "dry-run", dry_run, "print what the recipe would do and exit; needs config.json of the policy, no weights",
                    OptionRole::operational);
     visitor.option("run", "ranks", ranks, "dry run: plan for this many ranks (0: as started)", OptionRole::operational);
@@ -206,7 +207,7 @@ void IterateOptions::describe(OptionVisitor& visitor)
                    OptionRole::operational);
     visitor.option("run", "rows-total", rows_total, "dry run: rows of train, where the file is not at hand (0: counted)",
                    OptionRole::operational);
-    visitor.option("run", "format", format, "dry run: table|json", OptionRole::operational);
+    visitor.option("run", "format", format, "dry run and status: table|json", OptionRole::operational);
     generate.common.describe(visitor);
     generate.encoding.describe(visitor);
     SectionOnly filtered(visitor, {"data", "policy", "output", "iteration", "portion", "portions", "responses", "stop-file", "iter", "model",
@@ -260,18 +261,16 @@ IterateReport run_iterate(const IterateOptions& options, Communicator& comm, std
         report.status = root_string(comm, "dry run", [&] { return dry_run_text(options, comm.size()); });
         return report;
     }
-    const IteratePhases phases(options);
-    const RunPaths& paths = phases.paths();
     if (options.status) {
-        const RunManifest manifest(paths, comm);
-        agree(comm, "status", [&] {
-            SELM_VALIDATE(std::filesystem::exists(paths.recipe()), ExitCode::bad_data,
-                          options.run << " is no run directory of selm_iter (it has no recipe.cfg). Pass --run PATH of a run");
-            if (comm.is_root())
-                report.status = status_text(paths, manifest.json());
+        report.status = root_string(comm, "status", [&] {
+            RunStatus status = read_run_status(options.run);
+            ask_slurm(status);
+            return options.format == "json" ? status_json(status) : status_table(status);
         });
         return report;
     }
+    const IteratePhases phases(options);
+    const RunPaths& paths = phases.paths();
     claim_run_directory(paths, options.run, options.recipe_text, comm);
     report = Driver(phases, comm, out).run();
     if (report.outcome == Outcome::stopped)

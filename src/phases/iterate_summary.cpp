@@ -1,5 +1,4 @@
 #include <cstdio>
-#include <filesystem>
 #include <string>
 
 #include <nlohmann/json.hpp>
@@ -95,25 +94,6 @@ std::string held_out(const json& manifest, std::int64_t t)
                is - was < 0 ? "" : "+", fixed(is - was, 4), ", ", count(*after, "rows"), " prompts)\n");
 }
 
-std::int64_t journalled_bytes(const std::string& output)
-{
-    std::int64_t bytes = 0;
-    std::error_code error;
-    for (const auto& entry : std::filesystem::directory_iterator(output + ".journal", error))
-        bytes += static_cast<std::int64_t>(entry.file_size(error));
-    return bytes;
-}
-
-std::string newest_checkpoint(const std::string& policy)
-{
-    std::string newest;
-    std::error_code error;
-    for (const auto& entry : std::filesystem::directory_iterator(policy + "/checkpoints", error))
-        if (entry.path().extension() == ".json")
-            newest = std::max(newest, entry.path().stem().string());
-    return newest;
-}
-
 } // namespace
 
 std::string block_text(const nlohmann::json& manifest, std::int64_t t)
@@ -125,32 +105,6 @@ std::string block_text(const nlohmann::json& manifest, std::int64_t t)
     if (const json* train = find(iteration, "train"))
         text += train_block(*train);
     return text + held_out(manifest, t) + speed_block(iteration);
-}
-
-std::string status_text(const RunPaths& paths, const nlohmann::json& manifest)
-{
-    std::string text;
-    std::int64_t last = 0;
-    for (std::int64_t t = 0; t == 0 || manifest.contains("iter" + std::to_string(t)) || std::filesystem::exists(paths.iteration(t)); ++t)
-        last = t;
-    for (std::int64_t t = 0; t <= last; ++t) {
-        const auto entry = manifest.find("iter" + std::to_string(t));
-        text += t == 0 ? std::string("before training") : cat("iteration ", t);
-        text += '\n';
-        for (const char* name : {"import", "generate", "rank", "logprob", "train", "test_generate", "test_rank"}) {
-            const json* phase = entry == manifest.end() ? nullptr : find(*entry, name);
-            if (phase)
-                text += cat("  ", name, std::string(15 - std::string(name).size(), ' '), "done    ", rate(*phase), '\n');
-        }
-        for (const std::string& output : {paths.rows(t), paths.test_rows(t)})
-            if (const std::int64_t bytes = journalled_bytes(output); bytes > 0)
-                text += cat("  under way      ", output, ": ", bytes, " bytes of finished rows journalled\n");
-        if (const std::string checkpoint = newest_checkpoint(paths.policy(t) ); !checkpoint.empty())
-            text += cat("  checkpoint     ", checkpoint, '\n');
-    }
-    if (std::filesystem::exists(paths.stop_file()))
-        text += cat("stopped by ", paths.stop_file(), ": remove it to go on\n");
-    return text;
 }
 
 } // namespace selm

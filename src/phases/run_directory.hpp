@@ -56,7 +56,5 @@ std::string recipe_difference(const std::string& stored, const std::string& give
 
 /// What the user reads of iteration t, from the manifest alone (held-out scores need iteration t-1 too).
 std::string block_text(const nlohmann::json& manifest, std::int64_t t);
-/// Where a run stands: per iteration and phase done or pending, rows journalled so far, last checkpoint. Reads only.
-std::string status_text(const RunPaths& paths, const nlohmann::json& manifest);
 
 } // namespace selm

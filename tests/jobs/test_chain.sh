@@ -13,11 +13,14 @@ expect_count 8 '^[0-9]+  (gen|rank|logp|train) of iteration [12]$'
 last=$(sed -n 's/^\([0-9]*\)  iter .*/\1/p' <<<"$output")
 state=$(sed -n 's/^state: //p' <<<"$output")
 expect 64 'still in the queue' "$chain" --run chained --phases phases.cfg --resume
+expect 0 "^job $last +iter of iteration 2 +PENDING" selm_iter --run chained --status
 mpi 2 selm_iter --config recipe.cfg --run reference --progress off >reference.log 2>&1
 ends_as COMPLETED 120 "$last"
 same reference chained "selm_iter on two ranks, and the chain"
 expect 0 'COMPLETED' bash -c "$state"
 expect_count 9 'COMPLETED'
+expect 0 "^job $last +iter of iteration 2 +COMPLETED" selm_iter --run chained --status
+expect_count 8 ' done +[0-9]+ (rows|steps)' # four phases of two iterations without their held-out answers
 expect 0 'iteration 2' cat "selm-iter-2-$last.out" # the last job sums up both iterations
 expect_count 2 'held-out answers'
 expect_count 0 'iteration [12] of 2: train.*done'

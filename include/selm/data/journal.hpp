@@ -15,6 +15,15 @@ namespace selm {
 /// What a journal belongs to, as (name in words, value) pairs: {"recipe", hash}, {"policy", digest}, {"input", digest}.
 using JournalBinding = std::vector<std::pair<std::string, std::string>>;
 
+/// What a journal holds at one moment, while others may be writing it.
+struct JournalSurvey {
+    std::int64_t rows = 0;                  ///< distinct rows of whole records, over all attempts
+    std::int64_t attempt = 0;               ///< the newest that has a file; 0: none
+    std::int64_t attempt_rows = 0;          ///< whole records of the newest attempt
+    std::vector<std::string> attempt_files; ///< paths of its files
+    std::vector<std::string> damaged;       ///< paths of files with other bytes where a record should begin (a torn end is no damage)
+};
+
 /**
  * @brief Finished rows of a long phase, kept in the directory "<output>.journal/" until the output is published: killing any
  * rank at any moment loses at most rows in flight, and a rerun on any number of ranks continues.
@@ -58,6 +67,8 @@ class Journal {
     static void remove_leftover(const std::string& output);
     /// True when "<output>.journal" holds records of an unfinished run. Not collective.
     static bool exists(const std::string& output);
+    /// Counts what is in "<output>.journal" by the heads of its records, without reading payloads; writes nothing. Not collective.
+    static JournalSurvey survey(const std::string& output);
 
   private:
     struct State;

@@ -30,7 +30,7 @@ struct IterateOptions {
     std::int64_t ranks_per_node = 0;       ///< of the dry run; 0: all ranks on one node
     double node_memory = 0;                ///< GiB; a dry run that needs more on a node is refused; 0: not checked
     std::int64_t rows_total = 0;           ///< rows of train for a dry run without the file; 0: counted
-    std::string format = "table";          ///< of the dry run: table | json
+    std::string format = "table";          ///< of dry run and status: table | json
     ImportOptions import;
     GenerateOptions generate;
     RankOptions rank;
