@@ -104,7 +104,7 @@ std::string job_line(const JobStatus& job)
         text += ", " + job.elapsed + " so far";
     if (!job.left.empty() && job.state == "RUNNING")
         text += ", " + job.left + " until its limit";
-    if (!job.reason.empty() && job.reason != "None")
+    if (job.reason.starts_with('(') && job.reason != "(None)") // else it is a list of nodes
         text += " " + job.reason;
     return text + "\n";
 }

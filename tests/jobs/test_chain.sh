@@ -20,7 +20,7 @@ same reference chained "selm_iter on two ranks, and the chain"
 expect 0 'COMPLETED' bash -c "$state"
 expect_count 9 'COMPLETED'
 expect 0 "^job $last +iter of iteration 2 +COMPLETED" selm_iter --run chained --status
-expect_count 8 ' done +[0-9]+ (rows|steps)' # four phases of two iterations without their held-out answers
+expect_count 15 ' done +[0-9]+ (rows|steps)' # the import, four phases of two iterations, held-out answers and their scores three times
 expect 0 'iteration 2' cat "selm-iter-2-$last.out" # the last job sums up both iterations
 expect_count 2 'held-out answers'
 expect_count 0 'iteration [12] of 2: train.*done'
