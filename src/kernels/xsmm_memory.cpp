@@ -45,7 +45,8 @@ void* allocate_aligned(std::size_t bytes)
 struct MemoryPool::State {
     std::mutex mutex;
     std::multimap<std::size_t, void*> kept;
-    std::int64_t allocated = 0, kept_bytes = 0, peak = 0;
+    std::int64_t allocated = 0, kept_bytes = 0, peak = 0; ///< of whole blocks
+    std::int64_t requested = 0, requested_peak = 0;
 
     ~State()
     {
@@ -64,9 +65,11 @@ struct MemoryPool::State {
         }
     }
 
-    void* take(std::size_t size)
+    void* take(std::size_t size, std::size_t bytes)
     {
         const std::lock_guard lock(mutex);
+        requested += static_cast<std::int64_t>(bytes);
+        requested_peak = std::max(requested_peak, requested);
         allocated += static_cast<std::int64_t>(size);
         peak = std::max(peak, allocated);
         const auto found = kept.find(size);
@@ -80,9 +83,10 @@ struct MemoryPool::State {
         return block;
     }
 
-    void give_back(std::size_t size, void* block)
+    void give_back(std::size_t size, std::size_t bytes, void* block)
     {
         const std::lock_guard lock(mutex);
+        requested -= static_cast<std::int64_t>(bytes);
         allocated -= static_cast<std::int64_t>(size);
         if (size < smallest_kept_block) {
             std::free(block);
@@ -99,20 +103,20 @@ MemoryPool::MemoryPool() : state_(std::make_shared<State>()) {}
 std::shared_ptr<void> MemoryPool::allocate(std::size_t bytes)
 {
     const std::size_t size = size_class(std::max<std::size_t>(bytes, 1) + padding);
-    void* block = state_->take(size);
+    void* block = state_->take(size, bytes);
     if (block == nullptr)
         block = allocate_aligned(size);
-    return {block, [state = state_, size](void* freed) { state->give_back(size, freed); }};
+    return {block, [state = state_, size, bytes](void* freed) { state->give_back(size, bytes, freed); }};
 }
 
 std::int64_t MemoryPool::allocated_bytes() const
 {
-    return state_->allocated;
+    return state_->requested;
 }
 
 std::int64_t MemoryPool::peak_allocated_bytes() const
 {
-    return state_->peak;
+    return state_->requested_peak;
 }
 
 float* Scratch::get(std::int64_t floats)

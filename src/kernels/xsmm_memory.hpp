@@ -10,7 +10,8 @@ namespace selm::xsmm {
  * @brief Counted blocks of 64-byte aligned memory; freed large blocks are kept for the next request of their size
  * class, because the kernel clears every page that a process gets anew (a training step would clear gigabytes).
  *
- * Allocated and kept bytes together never exceed the peak of allocated bytes. Blocks may outlive the pool's owner.
+ * Counted are the bytes asked for; what a size class adds to them is never touched. Blocks in use and kept blocks
+ * together never exceed the most that was in use. Blocks may outlive the pool's owner.
  */
 class MemoryPool {
   public:

@@ -57,7 +57,7 @@ Tensor DecodeSession::Impl::run()
     const Tensor logits_RV = logits.view(d.engine, results, d.config.vocabulary, DType::f32);
     if (rows == 0)
         return logits_RV;
-    const LayerActivations a = d.activations(d.work, rows, false);
+    const LayerActivations a = d.activations(d.work.x_in, d.work, rows, false);
     d.engine.embed(tokens, d.weights.embedding(), a.x_in);
     d.weights.release_embedding();
     for (std::int64_t layer = 0; layer < d.config.layers; ++layer) {

@@ -39,10 +39,10 @@ void Decoder::Impl::copy(const Tensor& from, const Tensor& to)
     engine.gather_rows(from, std::span(identity).first(static_cast<std::size_t>(from.rows)), to);
 }
 
-LayerActivations Decoder::Impl::activations(LayerBuffers& buffers, std::int64_t tokens, bool keep)
+LayerActivations Decoder::Impl::activations(Buffer& x_in, LayerBuffers& buffers, std::int64_t tokens, bool keep)
 {
     LayerActivations a;
-    a.x_in = buffers.x_in.view(engine, tokens, config.hidden, DType::f32);
+    a.x_in = x_in.view(engine, tokens, config.hidden, DType::f32);
     a.qkv = buffers.qkv.view(engine, tokens, config.qkv_width(), activation);
     a.attended = buffers.attended.view(engine, tokens, config.heads * config.head_dim, activation);
     a.lse = buffers.lse.view(engine, config.heads, tokens, DType::f32);
@@ -56,11 +56,17 @@ LayerActivations Decoder::Impl::activations(LayerBuffers& buffers, std::int64_t 
     return a;
 }
 
-void Decoder::Impl::forward_layer(const LayerWeights& w, const LayerActivations& a,
-                                  std::span<const std::int32_t> positions, const Attention& attention)
+Decoder::Impl::Attention Decoder::Impl::packed_attention(std::span<const Segment> segments, const Tensor& lse)
 {
-    const Tensor normed_TH = normed.view(engine, a.x_in.rows, config.hidden, activation);
-    const Tensor activated_TI = activated.view(engine, a.x_in.rows, config.intermediate, activation);
+    return [this, segments, lse](const Tensor& qkv, const Tensor& attended) {
+        engine.attention(qkv, shape, segments, attended, lse);
+    };
+}
+
+void Decoder::Impl::forward_to_gate_up(const LayerWeights& w, const LayerActivations& a,
+                                       std::span<const std::int32_t> positions, const Attention& attention)
+{
+    const Tensor normed_TH = scratch(normed, a.x_in.rows, config.hidden);
     engine.rms_norm(a.x_in, w.input_norm, eps, normed_TH, a.rstd_in);
     engine.linear(normed_TH, w.qkv, a.qkv);
     engine.rope(a.qkv, shape, positions, rope.cosines(), rope.sines(), false);
@@ -69,6 +75,13 @@ void Decoder::Impl::forward_layer(const LayerWeights& w, const LayerActivations&
     engine.linear_add(a.attended, w.out, a.x_mid);
     engine.rms_norm(a.x_mid, w.post_norm, eps, normed_TH, a.rstd_mid);
     engine.linear(normed_TH, w.gate_up, a.gate_up);
+}
+
+void Decoder::Impl::forward_layer(const LayerWeights& w, const LayerActivations& a,
+                                  std::span<const std::int32_t> positions, const Attention& attention)
+{
+    forward_to_gate_up(w, a, positions, attention);
+    const Tensor activated_TI = scratch(wide, a.x_in.rows, config.intermediate);
     engine.swiglu(a.gate_up, activated_TI);
     copy(a.x_mid, a.x_out);
     engine.linear_add(activated_TI, w.down, a.x_out);
@@ -96,6 +109,14 @@ Decoder::Decoder(DecoderConfig config, Engine& engine, WeightStore& weights)
 }
 
 Decoder::~Decoder() = default;
+
+void Decoder::set_recompute(std::int64_t layers)
+{
+    SELM_EXPECT(layers >= 0 && layers <= impl_->config.layers);
+    impl_->recomputed = std::min(layers, impl_->config.layers - 1);
+    impl_->spare->clear();
+}
+
 const DecoderConfig& Decoder::config() const { return impl_->config; }
 Engine& Decoder::engine() const { return impl_->engine; }
 
@@ -105,6 +126,7 @@ namespace {
 void keep(PassState& pass, const PackedBatch& batch, Decoder::Impl& d)
 {
     pass.kept = true;
+    pass.recomputed = d.recomputed;
     pass.spare = d.spare;
     pass.batch = {batch.tokens, batch.positions, batch.segments, batch.selected, {}, {}, 0};
     if (pass.tokens() == 0)
@@ -119,11 +141,14 @@ void keep(PassState& pass, const PackedBatch& batch, Decoder::Impl& d)
         pass.saved = std::move(d.spare->back());
         d.spare->pop_back();
     }
-    for (LayerBuffers& buffers : pass.saved->layers)
-        pass.layers.push_back(d.activations(buffers, pass.tokens(), true));
+    std::vector<LayerBuffers>& saved = pass.saved->layers;
+    for (std::size_t i = 0; i < saved.size(); ++i) {
+        LayerBuffers& buffers = saved[std::max(i, static_cast<std::size_t>(pass.recomputed))];
+        pass.layers.push_back(d.activations(saved[i].x_in, buffers, pass.tokens(), true));
+    }
     for (std::size_t i = 0; i + 1 < pass.layers.size(); ++i)
         pass.layers[i].x_out = pass.layers[i + 1].x_in;
-    pass.layers.back().x_out = pass.saved->x_out.view(d.engine, pass.tokens(), d.config.hidden, DType::f32);
+    pass.layers.back().x_out = d.x_last.view(d.engine, pass.tokens(), d.config.hidden, DType::f32);
 }
 
 } // namespace
@@ -143,7 +168,7 @@ std::unique_ptr<Decoder::Pass> Decoder::forward(const PackedBatch& batch, bool k
     if (keep_activations)
         keep(*pass, batch, d);
     else if (tokens > 0)
-        pass->layers.assign(static_cast<std::size_t>(d.config.layers), d.activations(d.work, tokens, false));
+        pass->layers.assign(static_cast<std::size_t>(d.config.layers), d.activations(d.work.x_in, d.work, tokens, false));
     const Tensor& embedding = d.weights.embedding();
     if (tokens > 0)
         d.engine.embed(batch.tokens, embedding, pass->layers.front().x_in);
@@ -152,9 +177,7 @@ std::unique_ptr<Decoder::Pass> Decoder::forward(const PackedBatch& batch, bool k
         const LayerWeights& w = d.weights.layer(i, WeightUse::forward);
         if (tokens > 0) {
             const LayerActivations& a = pass->layers[static_cast<std::size_t>(i)];
-            d.forward_layer(w, a, batch.positions, [&](const Tensor& qkv, const Tensor& attended) {
-                d.engine.attention(qkv, d.shape, batch.segments, attended, a.lse);
-            });
+            d.forward_layer(w, a, batch.positions, d.packed_attention(batch.segments, a.lse));
         }
         d.weights.release(i);
     }
@@ -165,6 +188,8 @@ std::unique_ptr<Decoder::Pass> Decoder::forward(const PackedBatch& batch, bool k
     }
     if (!pass->kept)
         pass->layers.clear();
+    else if (tokens > 0)
+        pass->layers.back().x_out = {}; // the next pass's too
     return pass;
 }
 
@@ -199,28 +224,6 @@ std::unique_ptr<Decoder::ScoredPass> Decoder::forward_scored(const PackedBatch& 
     scored->lse.resize(batch.targets.size());
     impl_->head_log_probs(scored->pass->hidden(), scored->targets, scored->values, scored->lse);
     return scored;
-}
-
-std::int64_t Decoder::activation_bytes(std::int64_t tokens, std::int64_t scored) const
-{
-    return decoder_activation_bytes(impl_->config, impl_->activation, tokens, scored, true);
-}
-
-std::int64_t decoder_activation_bytes(const DecoderConfig& c, DType activation, std::int64_t tokens, std::int64_t scored, bool keep)
-{
-    const auto width = static_cast<std::int64_t>(size_of(activation));
-    const std::int64_t attended = c.heads * c.head_dim;
-    if (!keep) {
-        // One layer's x, lse, qkv, attended, gate_up; normed, activated. x_selected, hidden.
-        const std::int64_t working = 4 * (c.hidden + c.heads) + width * (c.qkv_width() + attended + 3 * c.intermediate + c.hidden);
-        return tokens * working + scored * (4 + width) * c.hidden;
-    }
-    const std::int64_t saved = 4 * (2 * c.hidden + c.heads + 2) + width * (c.qkv_width() + attended + 2 * c.intermediate);
-    // x_out, d_x; normed, d_normed; activated, d_activated; d_attended, d_qkv
-    const std::int64_t working = 4 * 2 * c.hidden + width * (2 * c.hidden + 2 * c.intermediate + attended + c.qkv_width());
-    // x_selected, d_selected, rstd; hidden, d_hidden
-    const std::int64_t per_scored = 4 * (2 * c.hidden + 1) + width * 2 * c.hidden;
-    return tokens * (c.layers * saved + working) + scored * per_scored;
 }
 
 } // namespace selm

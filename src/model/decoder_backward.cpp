@@ -25,7 +25,7 @@ struct LayerBackward {
     const PackedBatch& batch;
     Tensor d_x;
 
-    Tensor scratch(Buffer& buffer, std::int64_t columns) { return buffer.view(d.engine, d_x.rows, columns, d.activation); }
+    Tensor scratch(Buffer& buffer, std::int64_t columns) { return d.scratch(buffer, d_x.rows, columns); }
     void finish_weight(std::int64_t parameter, const Tensor& d_output, const Tensor& input)
     {
         const Tensor gradient = gradients.gradient(parameter);
@@ -35,8 +35,8 @@ struct LayerBackward {
     }
     void mlp(std::int64_t layer, const LayerActivations& a, const LayerWeights& w)
     {
-        const Tensor d_activated = scratch(d.d_activated, d.config.intermediate);
-        const Tensor activated = scratch(d.activated, d.config.intermediate);
+        const Tensor d_activated = scratch(d.d_wide, d.config.intermediate);
+        const Tensor activated = scratch(d.wide, d.config.intermediate);
         d.engine.linear_backward_input(d_x, w.down, d_activated);
         d.engine.swiglu_backward(a.gate_up, d_activated, activated);
         finish_weight(ParameterIndex::down(layer), d_x, activated);
@@ -45,8 +45,8 @@ struct LayerBackward {
     }
     void attention(std::int64_t layer, const LayerActivations& a, const LayerWeights& w)
     {
-        const Tensor d_attended = scratch(d.d_attended, a.attended.columns);
-        const Tensor d_qkv = scratch(d.d_qkv, a.qkv.columns);
+        const Tensor d_attended = scratch(d.d_wide, a.attended.columns);
+        const Tensor d_qkv = scratch(d.wide, a.qkv.columns);
         d.engine.linear_backward_input(d_x, w.out, d_attended);
         finish_weight(ParameterIndex::out(layer), d_x, a.attended);
         d.engine.attention_backward(a.qkv, d.shape, batch.segments, a.attended, a.lse, d_attended, d_qkv);
@@ -54,14 +54,17 @@ struct LayerBackward {
         norm_and_linear(ParameterIndex::qkv(layer), ParameterIndex::input_norm(layer), d_qkv, w.qkv, a.x_in, w.input_norm,
                         a.rstd_in);
     }
-    /// Backward of linear(rms_norm(x)); the normalised input is recomputed rather than kept.
+    /// Backward of linear(rms_norm(x)); the normalised input is recomputed rather than kept, and makes room for its gradient.
     void norm_and_linear(std::int64_t weight_parameter, std::int64_t norm_parameter, const Tensor& d_output,
                          const PackedWeight& weight, const Tensor& x, const Tensor& gain, const Tensor& rstd)
     {
-        const Tensor normed = scratch(d.normed, d.config.hidden);
-        const Tensor d_normed = scratch(d.d_normed, d.config.hidden);
-        d.engine.rms_norm(x, gain, d.eps, normed, {});
-        finish_weight(weight_parameter, d_output, normed);
+        const Tensor gradient = gradients.gradient(weight_parameter);
+        const Tensor normed = scratch(d.normed, d.config.hidden), d_normed = normed;
+        if (!gradient.empty()) {
+            d.engine.rms_norm(x, gain, d.eps, normed, {});
+            d.engine.linear_backward_weight(d_output, normed, gradient);
+        }
+        gradients.ready(weight_parameter);
         d.engine.linear_backward_input(d_output, weight, d_normed);
         d.engine.rms_norm_backward(x, gain, rstd, d_normed, d_x, gradients.gradient(norm_parameter));
         gradients.ready(norm_parameter);
@@ -105,15 +108,18 @@ void Decoder::backward(Pass& pass, const Tensor& d_hidden, GradientSink& gradien
     SELM_EXPECT(state.kept && (tokens == 0 || state.saved) && d_hidden.rows == state.hidden_RH.rows);
     LayerBackward backward{d, gradients, state.batch, {}};
     if (tokens > 0) {
-        backward.d_x = d.d_x.view(d.engine, tokens, d.config.hidden, DType::f32);
+        backward.d_x = d.x_last.view(d.engine, tokens, d.config.hidden, DType::f32);
         backward_final_norm(d, state, d_hidden, backward.d_x, gradients);
     }
     gradients.ready(ParameterIndex::final_norm(d.config));
     for (std::int64_t layer = d.config.layers - 1; layer >= 0; --layer) {
         const LayerWeights& w = d.weights.layer(layer, WeightUse::backward);
         if (tokens > 0) {
-            backward.mlp(layer, state.layers[static_cast<std::size_t>(layer)], w);
-            backward.attention(layer, state.layers[static_cast<std::size_t>(layer)], w);
+            const LayerActivations& a = state.layers[static_cast<std::size_t>(layer)];
+            if (layer < state.recomputed)
+                d.forward_to_gate_up(w, a, state.batch.positions, d.packed_attention(state.batch.segments, a.lse));
+            backward.mlp(layer, a, w);
+            backward.attention(layer, a, w);
         } else {
             for (std::int64_t p = ParameterIndex::down(layer); p >= ParameterIndex::input_norm(layer); --p)
                 gradients.ready(p);

@@ -30,10 +30,11 @@ struct LayerBuffers {
     Buffer x_in, rstd_in, qkv, attended, lse, x_mid, rstd_mid, gate_up;
 };
 
-/// The activations that a kept pass saves, one set per layer; handed from pass to pass through the decoder.
+/// The activations that a kept pass saves; handed from pass to pass through the decoder. Of recomputed layers only x_in is
+/// in use: for the rest they borrow the buffers of the first kept layer, which are free until its forward and after its
+/// backward.
 struct SavedLayers {
     std::vector<LayerBuffers> layers;
-    Buffer x_out;
 };
 
 struct Decoder::Impl {
@@ -48,7 +49,10 @@ struct Decoder::Impl {
     RopeTables rope;
 
     LayerBuffers work; ///< of passes that keep nothing
-    Buffer normed, activated, d_x, d_activated, d_normed, d_attended, d_qkv, selected_rows;
+    /// x after a norm, or its gradient [T, H]; activated, then d_qkv [T, max(I, QKV)]; d_activated, then d_attended [T, max(I,
+    /// NH*D)]; x after the last layer, in backward d_x f32 [T, H]; d_selected, x_selected f32 [R, H].
+    Buffer normed, wide, d_wide, x_last, selected_rows;
+    std::int64_t recomputed = 0; ///< layers of kept passes, less than all
     std::vector<std::int64_t> identity; ///< 0, 1, 2, ...: a gather by it is a copy
     std::shared_ptr<std::vector<std::unique_ptr<SavedLayers>>> spare =
         std::make_shared<std::vector<std::unique_ptr<SavedLayers>>>();
@@ -57,10 +61,19 @@ struct Decoder::Impl {
     void check_tokens(std::span<const std::int32_t> tokens, std::span<const std::int32_t> positions) const;
     void copy(const Tensor& from, const Tensor& to);
 
+    /// A matrix of T rows in the activations' type.
+    Tensor scratch(Buffer& buffer, std::int64_t tokens, std::int64_t columns)
+    {
+        return buffer.view(engine, tokens, columns, activation);
+    }
     using Attention = std::function<void(const Tensor& qkv, const Tensor& attended)>;
     void forward_layer(const LayerWeights& w, const LayerActivations& a, std::span<const std::int32_t> positions,
                        const Attention& attention);
-    LayerActivations activations(LayerBuffers& buffers, std::int64_t tokens, bool keep);
+    /// The layer up to gate_up: all that backward needs.
+    void forward_to_gate_up(const LayerWeights& w, const LayerActivations& a, std::span<const std::int32_t> positions,
+                            const Attention& attention);
+    LayerActivations activations(Buffer& x_in, LayerBuffers& buffers, std::int64_t tokens, bool keep);
+    Attention packed_attention(std::span<const Segment> segments, const Tensor& lse);
     /// hidden [R, H] = final norm of the given rows of x; x_selected and rstd are saved when not empty.
     void final_norm(const Tensor& x, std::span<const std::int64_t> rows, const Tensor& x_selected, const Tensor& rstd,
                     const Tensor& hidden);
@@ -82,6 +95,7 @@ class PassState final : public Decoder::Pass {
 
     PackedBatch batch; ///< tokens, positions, segments and selected only
     bool kept = false;
+    std::int64_t recomputed = 0; ///< layers of which only x_in is saved
     Tensor hidden_RH;
     Tensor x_selected; ///< f32 [R, H], before the final norm
     Tensor rstd;       ///< f32 [1, R]

@@ -44,6 +44,17 @@ std::vector<float> rope_inverse_frequencies(double theta, std::int64_t head_dim,
     return out;
 }
 
+namespace {
+
+std::int64_t table_rows(std::int64_t positions) { return (positions + 255) / 256 * 256; }
+
+} // namespace
+
+std::int64_t RopeTables::bytes(const DecoderConfig& config, std::int64_t positions)
+{
+    return 2 * table_rows(positions) * (config.head_dim / 2) * static_cast<std::int64_t>(sizeof(float));
+}
+
 RopeTables::RopeTables(Engine& engine, const DecoderConfig& config)
     : engine_(engine),
       inverse_frequencies_(rope_inverse_frequencies(config.rope_theta, config.head_dim, config.rope_scaling))
@@ -54,7 +65,7 @@ void RopeTables::cover(std::int64_t positions)
 {
     if (positions <= cosines_.rows)
         return;
-    const std::int64_t rows = std::max(positions, std::max(std::int64_t{256}, 2 * cosines_.rows));
+    const std::int64_t rows = table_rows(positions);
     const auto pairs = static_cast<std::int64_t>(inverse_frequencies_.size());
     std::vector<float> cosines;
     std::vector<float> sines;
@@ -65,6 +76,7 @@ void RopeTables::cover(std::int64_t positions)
             sines.push_back(static_cast<float>(std::sin(static_cast<double>(angle))));
         }
     }
+    cosines_ = sines_ = {}; // the old tables go first
     cosines_ = engine_.allocate(rows, pairs, DType::f32);
     sines_ = engine_.allocate(rows, pairs, DType::f32);
     engine_.copy_from_host(cosines.data(), cosines_);

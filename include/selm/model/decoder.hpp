@@ -75,7 +75,14 @@ class Decoder {
     std::unique_ptr<ScoredPass> forward_scored(const PackedBatch& batch);
     void backward_scored(ScoredPass& pass, std::span<const float> g, GradientSink& gradients);
 
-    /// Upper bound of activation bytes of a kept pass with `tokens` tokens and `scored` scored rows.
+    /// Of kept passes from now on the first `layers` layers keep their inputs alone; backward runs their forward again, each
+    /// right before its backward (Chen et al., Training Deep Nets with Sublinear Memory Cost, 2016). Log-probs and gradients
+    /// have the same bits as without, and stores and sinks see the same calls. What the recomputed layers write stands where
+    /// the first kept layer's activations stand at another time: the last layer is kept even when `layers` counts it.
+    /// Saved memory of earlier passes is let go. @param layers 0 to config().layers; 0 at first.
+    void set_recompute(std::int64_t layers);
+
+    /// decoder_activation_bytes of a kept pass with the layers of set_recompute.
     std::int64_t activation_bytes(std::int64_t tokens, std::int64_t scored) const;
 
     struct Impl;
@@ -85,9 +92,26 @@ class Decoder {
     std::unique_ptr<Impl> impl_;
 };
 
-/// The same for a model that is not at hand. @param keep false: of a pass that saves nothing for backward.
+/**
+ * @brief Bytes that a pass with its backward takes from the engine, beside weights and gradients: `tokens` tokens, `scored`
+ * scored rows.
+ *
+ * Exact but for the rope tables, which are counted as for a single sequence of that many tokens. Passes of one decoder share
+ * the memory: of several, one after another, it is the bytes of the most tokens and the most scored rows.
+ * @param keep false: of a pass that saves nothing for backward. @param recomputed_layers as in Decoder::set_recompute.
+ */
 std::int64_t decoder_activation_bytes(const DecoderConfig& config, DType activation, std::int64_t tokens, std::int64_t scored,
-                                      bool keep);
+                                      bool keep, std::int64_t recomputed_layers = 0);
+
+struct RecomputePlan {
+    std::int64_t layers = 0; ///< for Decoder::set_recompute
+    std::int64_t bytes = 0;  ///< of a kept pass with these layers recomputed
+    bool fits = false;       ///< false: even with all layers recomputed the pass takes `bytes`, more than the budget
+};
+
+/// The fewest recomputed layers with which a kept pass fits into `budget_bytes`.
+RecomputePlan plan_recompute(const DecoderConfig& config, DType activation, std::int64_t tokens, std::int64_t scored,
+                             std::int64_t budget_bytes);
 
 /// A work item of a decoding step: tokens of one sequence at consecutive positions.
 struct DecodeWork {

@@ -10,10 +10,12 @@
 namespace selm {
 namespace {
 
+using test::coefficients;
 using test::random_tokens;
 using test::RecordingSink;
 using test::tiny_config;
 using test::TinyModel;
+using test::two_rows;
 
 using Calls = std::vector<std::string>;
 
@@ -110,27 +112,11 @@ class RecordingReady final : public GradientSink {
     Calls& calls_;
 };
 
-PackedBatch normal_batch()
-{
-    PackedBatch batch;
-    batch.add_scored(random_tokens(1, 9), std::vector<Branch>{{random_tokens(2, 6), 0}, {random_tokens(3, 11), 2}, {{}, 0}});
-    batch.add_scored(random_tokens(4, 4), std::vector<Branch>{{random_tokens(5, 1), 0}});
-    return batch;
-}
-
 PackedBatch unscored_batch()
 {
     PackedBatch batch;
     batch.add_scored(random_tokens(1, 5), std::vector<Branch>{{random_tokens(2, 3), 3}});
     return batch;
-}
-
-std::vector<float> coefficients(std::size_t count)
-{
-    std::vector<float> g(count);
-    for (std::size_t i = 0; i < count; ++i)
-        g[i] = std::cos(static_cast<float>(3 * i)) + 0.2F;
-    return g;
 }
 
 /// The calls of a scored pass with its backward, and of log_probs.
@@ -163,7 +149,7 @@ TEST(WeightStore, EveryBatchMakesTheSameCalls)
         expected.insert(expected.end(), forward.begin(), forward.end());
         for (const char* engine : {"xsmm", "aten"}) {
             TinyModel model(tiny_config(tied), 1, engine);
-            EXPECT_EQ(calls_of(model, normal_batch()), expected);
+            EXPECT_EQ(calls_of(model, two_rows()), expected);
             EXPECT_EQ(calls_of(model, unscored_batch()), expected);
             EXPECT_EQ(calls_of(model, {}), expected);
         }
@@ -187,7 +173,7 @@ TEST(WeightStore, APassWithoutTheHeadMakesTheSameCalls)
         decoder.backward(*pass, d_hidden, sink);
         return out;
     };
-    const Calls normal = calls(normal_batch());
+    const Calls normal = calls(two_rows());
     EXPECT_EQ(normal.size(), 2 + 2 * 2 + 2 * 2 + 14);
     EXPECT_EQ(calls(unscored_batch()), normal);
     EXPECT_EQ(calls({}), normal);
@@ -225,9 +211,9 @@ TEST(Decoder, FrozenParametersLeaveTheOthersBits)
     for (const char* engine : {"xsmm", "aten"}) {
         for (const bool tied : {true, false}) {
             TinyModel model(tiny_config(tied), 1, engine);
-            const auto g = coefficients(normal_batch().targets.size());
+            const auto g = coefficients(two_rows().targets.size());
             RecordingSink all(model.config);
-            model.decoder.backward_scored(*model.decoder.forward_scored(normal_batch()), g, all);
+            model.decoder.backward_scored(*model.decoder.forward_scored(two_rows()), g, all);
             const auto parameters = static_cast<std::int64_t>(all.values.size());
             for (std::int64_t frozen = 0; frozen <= parameters; ++frozen) {
                 RecordingSink sink(model.config);
@@ -235,7 +221,7 @@ TEST(Decoder, FrozenParametersLeaveTheOthersBits)
                     if (p == frozen || (frozen == parameters && p % 4 != 2))
                         sink.frozen.insert(p);
                 }
-                model.decoder.backward_scored(*model.decoder.forward_scored(normal_batch()), g, sink);
+                model.decoder.backward_scored(*model.decoder.forward_scored(two_rows()), g, sink);
                 EXPECT_EQ(sink.order, backward_order(model.config));
                 for (std::int64_t p = 0; p < parameters; ++p) {
                     const auto i = static_cast<std::size_t>(p);

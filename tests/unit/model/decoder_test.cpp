@@ -13,12 +13,14 @@
 namespace selm {
 namespace {
 
+using test::coefficients;
 using test::largest_difference;
 using test::random_tokens;
 using test::RecordingSink;
 using test::tiny_config;
 using test::TinyModel;
 using test::TinyParameters;
+using test::two_rows;
 
 using Ids = std::vector<std::int32_t>;
 
@@ -27,23 +29,6 @@ Ids joined(const Ids& a, const Ids& b)
     Ids out = a;
     out.insert(out.end(), b.begin(), b.end());
     return out;
-}
-
-/// Two rows: three branches of different lengths, one of them with an unscored head, and one branch of one token.
-PackedBatch two_rows()
-{
-    PackedBatch batch;
-    batch.add_scored(random_tokens(1, 9), std::vector<Branch>{{random_tokens(2, 6), 0}, {random_tokens(3, 11), 2}, {{}, 0}});
-    batch.add_scored(random_tokens(4, 4), std::vector<Branch>{{random_tokens(5, 1), 0}});
-    return batch;
-}
-
-std::vector<float> coefficients(std::size_t count)
-{
-    std::vector<float> g(count);
-    for (std::size_t i = 0; i < count; ++i)
-        g[i] = std::cos(static_cast<float>(3 * i)) + 0.2F;
-    return g;
 }
 
 TEST(Decoder, PackedBranchesEqualSequencesOfTheirOwn)
@@ -284,39 +269,6 @@ TEST(Decoder, BadTokensAndPositionsAreNamed)
     EXPECT_NE(message({1, -1}).find("token id -1"), std::string::npos);
     EXPECT_NE(message(random_tokens(1, 401)).find("position 400"), std::string::npos);
     EXPECT_EQ(message(random_tokens(1, 400)), "accepted");
-}
-
-TEST(Decoder, ActivationBytesBoundsWhatAPassTakes)
-{
-    TinyModel model(false);
-    PackedBatch batch;
-    batch.add_scored(random_tokens(1, 200), std::vector<Branch>{{random_tokens(2, 150), 0}});
-    RecordingSink sink(model.config);
-    const std::int64_t before = model.engine->allocated_bytes();
-    const auto pass = model.decoder.forward_scored(batch);
-    model.decoder.backward_scored(*pass, coefficients(150), sink);
-    const std::int64_t tables = 2 * 512 * 3 * 4; // rope, kept for good
-    const std::int64_t taken = model.engine->peak_allocated_bytes() - before - tables;
-    EXPECT_LE(taken, model.decoder.activation_bytes(350, 150));
-    EXPECT_GE(taken, model.decoder.activation_bytes(350, 150) * 9 / 10);
-}
-
-TEST(Decoder, MemoryDoesNotGrowFromStepToStep)
-{
-    TinyModel model(true);
-    RecordingSink sink(model.config);
-    const auto step = [&] {
-        const auto pass = model.decoder.forward_scored(two_rows());
-        model.decoder.backward_scored(*pass, coefficients(two_rows().targets.size()), sink);
-        model.decoder.log_probs(two_rows());
-    };
-    step();
-    const std::int64_t after_one = model.engine->allocated_bytes();
-    const std::int64_t peak = model.engine->peak_allocated_bytes();
-    for (int i = 0; i < 5; ++i)
-        step();
-    EXPECT_EQ(model.engine->allocated_bytes(), after_one);
-    EXPECT_EQ(model.engine->peak_allocated_bytes(), peak);
 }
 
 /// Logits of the given positions from a packed pass.

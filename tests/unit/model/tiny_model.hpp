@@ -72,6 +72,24 @@ inline std::vector<std::int32_t> random_tokens(unsigned seed, std::size_t count,
     return tokens;
 }
 
+/// Two rows: three branches of different lengths, one of them with an unscored head, and one branch of one token.
+inline PackedBatch two_rows()
+{
+    PackedBatch batch;
+    batch.add_scored(random_tokens(1, 9), std::vector<Branch>{{random_tokens(2, 6), 0}, {random_tokens(3, 11), 2}, {{}, 0}});
+    batch.add_scored(random_tokens(4, 4), std::vector<Branch>{{random_tokens(5, 1), 0}});
+    return batch;
+}
+
+/// d(objective)/d(log_prob).
+inline std::vector<float> coefficients(std::size_t count)
+{
+    std::vector<float> g(count);
+    for (std::size_t i = 0; i < count; ++i)
+        g[i] = std::cos(static_cast<float>(3 * i)) + 0.2F;
+    return g;
+}
+
 /// Keeps gradients and the order of ready(). Parameters in `frozen` get none.
 class RecordingSink final : public GradientSink {
   public:
