@@ -124,8 +124,12 @@ def test_memory(planned):
     assert (plan["nodes"], plan["ranks_per_node"]) == (4, 16)
     memory = {phase["phase"]: phase for phase in plan["memory"]}
 
+    def rope_tables(tokens):
+        context = min(c["max_position_embeddings"], c.get("sliding_window") or tokens)
+        return 4 * d * math.ceil(min(tokens, context) / 256) * 256
+
     def forward(tokens, scored):
-        return 4 * (tokens * (2 * h + heads + qkv + heads * d + 3 * ffn) + scored * 2 * h)
+        return 4 * (tokens * (2 * h + heads + qkv + heads * d + 3 * ffn) + scored * 2 * h) + rope_tables(tokens)
 
     read_only = 4 * (total - vocabulary * h) + 2 * vocabulary * h
     assert memory["generate"]["per_node"] == {"weights": read_only}
@@ -135,12 +139,12 @@ def test_memory(planned):
     assert memory["logprob"]["per_rank"] == {"activations": forward(tokens, tokens)}
     linear = layers * (qkv * h + h * heads * d + 2 * ffn * h + h * ffn) + vocabulary * h
     saved = 2 * h + heads + 2 + qkv + heads * d + 2 * ffn
-    working = 2 * h + 2 * h + 2 * ffn + heads * d + qkv
+    working = 2 * h + max(ffn, qkv) + max(ffn, heads * d)
     assert memory["train"]["per_node"] == {"parameters": 4 * total, "packed weights": 4 * linear}
     assert memory["train"]["per_rank"] == {
         "gradients": 4 * total,
         "optimizer shard": 4 * 4 * shard,  # master weights, two moments, the reduced gradient
-        "activations": 4 * (tokens * (layers * saved + working) + tokens * (4 * h + 1)),
+        "activations": 4 * (tokens * (layers * saved + working) + tokens * (4 * h + 1)) + rope_tables(tokens),
     }
     for phase in memory.values():
         rank, node = sum(phase["per_rank"].values()), sum(phase["per_node"].values())
