@@ -42,8 +42,11 @@ struct Backward {
     /// Of y = x W^T + b: dW, db, and dx (overwritten) unless empty.
     void linear(std::int64_t weight_parameter, const Tensor& dy, const Tensor& x, const Tensor& dx)
     {
-        m.engine.linear_backward_weight(dy, x, gradients.gradient(weight_parameter));
-        m.engine.bias_backward(dy, gradients.gradient(weight_parameter + 1));
+        const Tensor d_weight = gradients.gradient(weight_parameter), d_bias = gradients.gradient(weight_parameter + 1);
+        if (!d_weight.empty())
+            m.engine.linear_backward_weight(dy, x, d_weight);
+        if (!d_bias.empty())
+            m.engine.bias_backward(dy, d_bias);
         if (!dx.empty())
             m.engine.linear_backward_input(dy, m.weights.weight(weight_parameter), dx);
     }
@@ -129,21 +132,49 @@ void Backward::attention(std::int64_t layer, const EncoderActivations& a)
 void Backward::embeddings(const PassState& pass)
 {
     norm(Index::embedding_norm_gain, pass.embedding_norm);
+    const Tensor d_embedding = gradients.gradient(Index::embedding);
     for (std::size_t i = 0; i < batch.tokens.size(); ++i) { // see DebertaConfig::padding_token
         if (batch.tokens[i] == m.config.padding_token)
             m.engine.fill_zero(d_x.slice_rows(static_cast<std::int64_t>(i), 1));
     }
-    m.engine.embed_backward(batch.tokens, d_x, gradients.gradient(Index::embedding));
+    if (!d_embedding.empty())
+        m.engine.embed_backward(batch.tokens, d_x, d_embedding);
     gradients.ready(Index::embedding);
     d_x = d_normed;
     norm(Index::relative_norm_gain,
          {m.values(Index::relative_embedding), m.f32(m.relative_mean, 1, normed.rows),
           m.f32(m.relative_rstd, 1, normed.rows)});
-    m.add(d_normed, gradients.gradient(Index::relative_embedding));
+    const Tensor d_relative_embedding = gradients.gradient(Index::relative_embedding);
+    if (!d_relative_embedding.empty())
+        m.add(d_normed, d_relative_embedding);
     gradients.ready(Index::relative_embedding);
 }
 
 } // namespace
+
+std::vector<std::int64_t> pair_backward_order(const DebertaConfig& config)
+{
+    using Layer = DebertaLayerParameter;
+    using Index = PairParameterIndex;
+    std::vector<std::int64_t> order;
+    const auto add = [&](std::int64_t weight) {
+        order.push_back(weight);
+        order.push_back(weight + 1); // its bias
+    };
+    add(Index::head_output_weight(config));
+    add(Index::head_hidden_weight(config));
+    for (std::int64_t layer = config.layers - 1; layer >= 0; --layer) {
+        for (const Layer parameter : {Layer::output_norm_gain, Layer::output_weight, Layer::intermediate_weight,
+                                      Layer::attention_norm_gain, Layer::attention_output_weight, Layer::query_weight,
+                                      Layer::key_weight, Layer::value_weight})
+            add(Index::layer(layer, parameter));
+    }
+    add(Index::embedding_norm_gain);
+    order.push_back(Index::embedding);
+    add(Index::relative_norm_gain);
+    order.push_back(Index::relative_embedding);
+    return order;
+}
 
 std::unique_ptr<PairModel::Pass> PairModel::forward_kept(std::span<const PairInput> inputs)
 {
@@ -188,8 +219,8 @@ void PairModel::backward(Pass& pass, std::span<const float> g, GradientSink& gra
     auto& state = dynamic_cast<PassState&>(pass);
     SELM_EXPECT(g.size() == state.values.size());
     if (g.empty()) {
-        for (std::int64_t i = PairParameterIndex::count(m.config) - 1; i >= 0; --i)
-            gradients.ready(i);
+        for (const std::int64_t parameter : pair_backward_order(m.config))
+            gradients.ready(parameter);
         return;
     }
     SELM_EXPECT(state.saved != nullptr);

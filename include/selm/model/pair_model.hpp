@@ -55,6 +55,9 @@ class PairWeights {
     std::unique_ptr<Impl> impl_;
 };
 
+/// All parameters in the order in which a backward pass completes them.
+std::vector<std::int64_t> pair_backward_order(const DebertaConfig& config);
+
 /**
  * @brief PairRM: a DeBERTa encoder and a head that scores the left and the right candidate from the hidden states of
  * the three prefix tokens; logit = left - right, > 0 means that the left one is better.
@@ -82,8 +85,9 @@ class PairModel {
         virtual std::span<const float> logits() const = 0; ///< in order of the inputs
     };
     std::unique_ptr<Pass> forward_kept(std::span<const PairInput> inputs);
-    /// Adds the gradients of sum_i g[i] * logit[i] to the sink's f32 buffers of pair_parameters(); ready() once per
-    /// parameter. Call once per pass. An empty batch only calls ready().
+    /// Adds the gradients of sum_i g[i] * logit[i] to the sink's f32 buffers of pair_parameters() (empty: the parameter
+    /// is frozen); ready() once per parameter in pair_backward_order(), also for an empty batch, which calls nothing
+    /// else. Call once per pass.
     void backward(Pass& pass, std::span<const float> g, GradientSink& gradients);
 
     /// Last hidden states f32 [sum of lengths, H] of whole sequences (host), in order: for tests and other heads.

@@ -16,6 +16,7 @@ using test::RecordingSink;
 using test::tiny_config;
 using test::TinyModel;
 using test::two_rows;
+using test::usable_engines;
 
 DecoderConfig four_layers(bool tied)
 {
@@ -58,7 +59,7 @@ Result step(TinyModel& model, const PackedBatch& batch, const std::set<std::int6
 
 TEST(Recompute, HasTheBitsOfSavedActivations)
 {
-    for (const char* engine : {"xsmm", "aten"}) {
+    for (const std::string& engine : usable_engines()) {
         for (const bool tied : {true, false}) {
             TinyModel model(four_layers(tied), 1, engine);
             for (const auto& frozen : {std::set<std::int64_t>{}, {0, 2, 4, 7, 12, 13, 24}}) {
@@ -123,7 +124,7 @@ std::vector<Shape> shapes()
             {64, 96, 5, 4, 2, 16, 53, last}};
 }
 
-std::int64_t bytes_of_a_pass(const Shape& shape, const char* engine, std::int64_t recomputed, bool keep)
+std::int64_t bytes_of_a_pass(const Shape& shape, const std::string& engine, std::int64_t recomputed, bool keep)
 {
     TinyModel model(config_of(shape), 1, engine);
     model.decoder.set_recompute(recomputed);
@@ -142,7 +143,7 @@ std::int64_t bytes_of_a_pass(const Shape& shape, const char* engine, std::int64_
 
 TEST(ActivationBytes, AreWhatAPassTakes)
 {
-    for (const char* engine : {"xsmm", "aten"}) {
+    for (const std::string& engine : usable_engines()) {
         for (const Shape& shape : shapes()) {
             const auto tokens = static_cast<std::int64_t>(shape.batch.tokens.size());
             const auto scored = static_cast<std::int64_t>(shape.batch.selected.size());
@@ -167,7 +168,7 @@ TEST(ActivationBytes, DoNotGrowBeyondTheLargestMicrobatch)
         tokens = std::max(tokens, static_cast<std::int64_t>(batch.tokens.size()));
         scored = std::max(scored, static_cast<std::int64_t>(batch.targets.size()));
     }
-    for (const char* engine : {"xsmm", "aten"}) {
+    for (const std::string& engine : usable_engines()) {
         for (const std::int64_t recomputed : {0, 2}) {
             TinyModel model(four_layers(true), 1, engine);
             model.decoder.set_recompute(recomputed);

@@ -16,6 +16,7 @@ using test::RecordingSink;
 using test::tiny_config;
 using test::TinyModel;
 using test::two_rows;
+using test::usable_engines;
 
 using Calls = std::vector<std::string>;
 
@@ -147,7 +148,7 @@ TEST(WeightStore, EveryBatchMakesTheSameCalls)
                                          "ready 7", "release 1", "layer 0 backward", "ready 6", "ready 5", "ready 4", "ready 3",
                                          "ready 2", "ready 1", "release 0", "ready 0", "log_probs:"});
         expected.insert(expected.end(), forward.begin(), forward.end());
-        for (const char* engine : {"xsmm", "aten"}) {
+        for (const std::string& engine : usable_engines()) {
             TinyModel model(tiny_config(tied), 1, engine);
             EXPECT_EQ(calls_of(model, two_rows()), expected);
             EXPECT_EQ(calls_of(model, unscored_batch()), expected);
@@ -208,7 +209,7 @@ TEST(WeightStore, BackwardOrderAndGroups)
 
 TEST(Decoder, FrozenParametersLeaveTheOthersBits)
 {
-    for (const char* engine : {"xsmm", "aten"}) {
+    for (const std::string& engine : usable_engines()) {
         for (const bool tied : {true, false}) {
             TinyModel model(tiny_config(tied), 1, engine);
             const auto g = coefficients(two_rows().targets.size());

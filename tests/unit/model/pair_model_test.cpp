@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <random>
+#include <set>
 
 #include "selm/base/error.hpp"
 #include "temporary_directory.hpp"
@@ -48,10 +49,19 @@ struct Flat {
 class PairSink final : public GradientSink {
   public:
     explicit PairSink(const DebertaConfig& config) : flat(config), ready_count(flat.values.size()) {}
-    Tensor gradient(std::int64_t parameter) override { return flat.tensors[static_cast<std::size_t>(parameter)]; }
-    void ready(std::int64_t parameter) override { ++ready_count[static_cast<std::size_t>(parameter)]; }
+    Tensor gradient(std::int64_t parameter) override
+    {
+        return frozen.contains(parameter) ? Tensor{} : flat.tensors[static_cast<std::size_t>(parameter)];
+    }
+    void ready(std::int64_t parameter) override
+    {
+        ++ready_count[static_cast<std::size_t>(parameter)];
+        order.push_back(parameter);
+    }
     Flat flat;
     std::vector<int> ready_count;
+    std::vector<std::int64_t> order;
+    std::set<std::int64_t> frozen;
 };
 
 std::vector<PairInput> random_pairs(std::span<const std::size_t> lengths)
@@ -164,6 +174,32 @@ TEST_P(PairModelTest, refresh_follows_the_flat_parameters)
     m.weights.refresh();
     EXPECT_NE(before, expected);
     EXPECT_EQ(m.model.logits(pairs), expected);
+}
+
+TEST_P(PairModelTest, frozen_parameters_leave_the_bits_of_the_others)
+{
+    Model m(GetParam());
+    const std::vector<PairInput> pairs = random_pairs(lengths);
+    const std::vector<float> g = {0.5F, -1, 0.2F, 0.7F, -0.1F, 1};
+    PairSink all(m.config), none(m.config);
+    m.model.backward(*m.model.forward_kept(pairs), g, all);
+    const std::vector<std::int64_t> order = pair_backward_order(m.config);
+    EXPECT_EQ(all.order, order);
+    const auto count = PairParameterIndex::count(m.config);
+    EXPECT_EQ(std::set<std::int64_t>(order.begin(), order.end()).size(), static_cast<std::size_t>(count));
+    for (const std::int64_t every : {2, 3, 1}) { // freezes the parameters of one residue, at last all
+        PairSink sink(m.config);
+        for (std::int64_t parameter = every - 1; parameter < count; parameter += every)
+            sink.frozen.insert(parameter);
+        m.model.backward(*m.model.forward_kept(pairs), g, sink);
+        EXPECT_EQ(sink.order, order);
+        for (std::size_t i = 0; i < sink.flat.values.size(); ++i) {
+            const bool frozen = sink.frozen.contains(static_cast<std::int64_t>(i));
+            EXPECT_EQ(sink.flat.values[i], frozen ? none.flat.values[i] : all.flat.values[i]) << i;
+        }
+    }
+    m.model.backward(*m.model.forward_kept({}), {}, none);
+    EXPECT_EQ(none.order, order);
 }
 
 TEST_P(PairModelTest, ranks_of_a_node_fill_shared_weights_together)

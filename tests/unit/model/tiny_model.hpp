@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "selm/base/error.hpp"
 #include "selm/kernels/engine.hpp"
 #include "selm/model/decoder.hpp"
 #include "selm/model/model_files.hpp"
@@ -62,6 +63,22 @@ struct TinyModel {
     ResidentWeights weights;
     Decoder decoder;
 };
+
+/// The engines that run on this CPU: xsmm needs AVX2 and FMA.
+inline std::vector<std::string> usable_engines()
+{
+    std::vector<std::string> engines;
+    for (const char* name : {"xsmm", "aten"}) {
+        try {
+            make_engine({.engine = name});
+            engines.emplace_back(name);
+        } catch (const Error& error) {
+            if (error.code() != ExitCode::configuration)
+                throw;
+        }
+    }
+    return engines;
+}
 
 inline std::vector<std::int32_t> random_tokens(unsigned seed, std::size_t count, std::int64_t vocabulary = 53)
 {
