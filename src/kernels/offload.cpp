@@ -54,7 +54,13 @@ struct OffloadPipeline::Queue {
     std::array<void*, 2> downloaded{}, uploaded{};
 };
 
-OffloadPipeline::OffloadPipeline(Device device, std::int64_t chunk_elements) : device_(device), chunk_elements_(chunk_elements)
+OffloadPipeline::OffloadPipeline(Device device, std::int64_t chunk_elements)
+    : OffloadPipeline(device_runtime(device), device, chunk_elements)
+{
+}
+
+OffloadPipeline::OffloadPipeline(DeviceRuntime& runtime, Device device, std::int64_t chunk_elements)
+    : chunk_elements_(chunk_elements)
 {
     SELM_EXPECT(chunk_elements >= 1);
     const std::size_t bytes = static_cast<std::size_t>(chunk_elements) * sizeof(float);
@@ -62,7 +68,7 @@ OffloadPipeline::OffloadPipeline(Device device, std::int64_t chunk_elements) : d
         buffer = PinnedBuffer(device, bytes);
     for (PinnedBuffer& buffer : up_buffers_)
         buffer = PinnedBuffer(device, bytes);
-    queue_ = std::make_unique<Queue>(device_runtime(device));
+    queue_ = std::make_unique<Queue>(runtime);
 }
 
 OffloadPipeline::~OffloadPipeline() = default;

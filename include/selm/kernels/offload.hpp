@@ -26,6 +26,8 @@
 // direction of a chunk's length. Saving and loading go through upload() and download().
 namespace selm {
 
+class DeviceRuntime;
+
 /**
  * @brief Chunked, double-buffered copies between a device and the host, on two streams of their own.
  *
@@ -36,6 +38,8 @@ class OffloadPipeline {
   public:
     /// @param chunk_elements elements of a chunk (>= 1); pinned memory is 16 bytes times that.
     OffloadPipeline(Device device, std::int64_t chunk_elements);
+    /// On another runtime than the device's own: tests have one whose streams are threads.
+    OffloadPipeline(DeviceRuntime& runtime, Device device, std::int64_t chunk_elements);
     ~OffloadPipeline(); ///< waits for the copies
     OffloadPipeline(const OffloadPipeline&) = delete;
     OffloadPipeline& operator=(const OffloadPipeline&) = delete;
@@ -64,7 +68,6 @@ class OffloadPipeline {
     struct Queue;
     void start_after(void* compute_stream);
 
-    Device device_;
     std::int64_t chunk_elements_;
     std::array<PinnedBuffer, 2> down_buffers_, up_buffers_; ///< before the queue, which waits for copies when it goes
     std::unique_ptr<Queue> queue_;
