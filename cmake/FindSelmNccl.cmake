@@ -1,6 +1,6 @@
 # selm::nccl: NVIDIA's collectives. Looked for in NCCL_ROOT, in the CUDA toolkit, in the usual places, and in the wheel
-# nvidia-nccl of SELM_PYTHON_SITE (which has libnccl.so.2 without the name libnccl.so). 2.18 is the first version whose
-# non-blocking communicators can be finalised and aborted at any time as src/comm/nccl_backend.cpp does it.
+# nvidia-nccl of SELM_PYTHON_SITE (which has libnccl.so.2 without the name libnccl.so). src/comm/nccl_backend.cpp needs the
+# non-blocking communicators and ncclCommFinalize of 2.14.
 include(FindPackageHandleStandardArgs)
 find_package(SelmCuda REQUIRED)
 set(selm_nccl_wheel "${SELM_PYTHON_SITE}/nvidia/nccl")

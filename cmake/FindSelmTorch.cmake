@@ -24,6 +24,8 @@ if(SELM_ENABLE_CUDA)
     add_library(selm::torch INTERFACE IMPORTED)
     target_include_directories(selm::torch SYSTEM INTERFACE ${TORCH_INCLUDE_DIRS})
     target_link_libraries(selm::torch INTERFACE ${TORCH_LIBRARIES})
+    # Installed programs too must find a wheel that lies in the source tree.
+    target_link_options(selm::torch INTERFACE "LINKER:-rpath,${TORCH_INSTALL_PREFIX}/lib")
     set(SelmTorch_FOUND TRUE)
     return()
 endif()

@@ -39,7 +39,7 @@ if(NOT SELM_PYTHON_SITE)
 endif()
 if(SELM_ENABLE_CUDA)
     find_package(SelmCuda REQUIRED)
-    find_package(SelmNccl REQUIRED)
+    find_package(SelmNccl 2.14 REQUIRED)
     set(CMAKE_CUDA_RUNTIME_LIBRARY Shared) # the runtime that LibTorch loads: one per process
     set(CMAKE_CUDA_STANDARD 17)            # CMake 3.25 knows no C++20 flag for current nvcc
     enable_language(CUDA)
