@@ -293,9 +293,9 @@ selm_job_phase() {
     say "done: $phase of iteration $iteration in $run"
 }
 
-# The element i of the array runs the recipe on 2^i nodes of its allocation.
+# The element i of the array runs the recipe on 2^i nodes of its allocation; with SELM_SCALING_ROWS on so many rows for each node.
 selm_job_scaling() {
-    local base start
+    local base start mode=strong script
     selm_begin "$@"
     selm_step_nodes=$((1 << ${SLURM_ARRAY_TASK_ID:-0}))
     if [ "$selm_step_nodes" -gt "$SLURM_JOB_NUM_NODES" ]; then
@@ -304,13 +304,28 @@ selm_job_scaling() {
     fi
     base=$run
     run=$base/nodes$selm_step_nodes
+    if [ -n "${SELM_SCALING_ROWS:-}" ]; then
+        mode=weak
+        run=$run-weak
+        extra+=(--train-rows "0:$((SELM_SCALING_ROWS * selm_step_nodes))")
+        if [ -n "${SELM_SCALING_BATCH:-}" ]; then extra+=(--global-batch "$((SELM_SCALING_BATCH * selm_step_nodes))"); fi
+    fi
     mkdir -p "$run/slurm"
     selm_remember_start
     start=$(date +%s.%N)
     selm_step all selm_iter --config "$config" --run "$run" --progress off "${extra[@]}"
     selm_end
-    printf '{"nodes": %d, "tasks": %d, "seconds": %s, "restarts": %d, "job": "%s"}\n' "$selm_step_nodes" \
+    printf '{"nodes": %d, "tasks": %d, "seconds": %s, "restarts": %d, "job": "%s", "mode": "%s", "run": "%s"}\n' "$selm_step_nodes" \
         $((selm_step_nodes * SLURM_NTASKS / SLURM_JOB_NUM_NODES)) "$(awk "BEGIN { printf \"%.3f\", $(date +%s.%N) - $start }")" \
-        "${SLURM_RESTART_COUNT:-0}" "$SLURM_JOB_ID" >>"$base/scaling.jsonl"
+        "${SLURM_RESTART_COUNT:-0}" "$SLURM_JOB_ID" "$mode" "${run#"$base/"}" >>"$base/scaling.jsonl"
     say "done: $selm_step_nodes nodes, in $base/scaling.jsonl"
+    script=$(dirname "$selm_slurm")/benchmarks/scaling/run
+    if [ -x "$script" ] && command -v python3 >/dev/null; then
+        # The table of all elements that have ended; the last one's is the whole. A table that fails is no failed job.
+        python3 "$script" --runs "$base" --out "$base" --model "$(recipe_value "$config" policy "")" \
+            --dtype "$(recipe_value "$config" dtype bf16)" --ranks-per-node $((SLURM_NTASKS / SLURM_JOB_NUM_NODES)) ||
+            say "no table (see above); by hand: $script --runs $base --model POLICY"
+    else
+        say "no table (no python3 here); elsewhere: benchmarks/scaling/run --runs $base --model POLICY"
+    fi
 }

@@ -34,6 +34,7 @@ expect 0 'more than the job' cat "selm-scaling-${job}_2.out"
 expect 0 '"nodes": 1, "tasks": 1, "seconds": [0-9.]+,' cat scaling/scaling.jsonl
 expect_count 1 '"nodes": 2, "tasks": 2, '
 expect_count 2 nodes
+expect 0 '^. generate . strong . 2 . 2 ' cat scaling/scaling.md
 same scaling/nodes1 scaling/nodes2 "one and two nodes" iter1/iter.h5
 
 # A recipe that cannot run fails at once, says why, and is not run again.
