@@ -5,25 +5,12 @@
 #include <utility>
 
 #include "selm/base/error.hpp"
+#include "selm/comm/agree.hpp"
 #include "selm/model/model_files.hpp"
 #include "selm/phases/shared_model.hpp"
 #include "training_output.hpp"
 
 namespace selm {
-
-/// Gradients go straight into the flat buffer.
-class DecoderTrainer::FlatSink final : public GradientSink {
-  public:
-    explicit FlatSink(FlatBuffers& flat) : flat_(flat) {}
-    Tensor gradient(std::int64_t parameter) override
-    {
-        return flat_.view(flat_.gradient, static_cast<std::size_t>(parameter));
-    }
-    void ready(std::int64_t) override {} // the reduction starts when all microbatches are done
-
-  private:
-    FlatBuffers& flat_;
-};
 
 DecoderConfig reward_config(const std::string& directory)
 {
@@ -60,12 +47,12 @@ DecoderTrainer::DecoderTrainer(const TrainOptions& options, bool reward)
 
 DecoderTrainer::~DecoderTrainer() = default;
 
-void DecoderTrainer::initialise(const FlatBuffers& flat, ShardInfo shard, std::span<float> master) const
+void DecoderTrainer::initialise(TrainingWeights& weights) const
 {
-    for (const PartSlice& slice : part_slices(flat.parameters, flat.layout, shard)) {
+    for (const PartSlice& slice : part_slices(weights.parameters, weights.layout, weights.optimizer.pieces())) {
         if (slice.count == 0)
             continue;
-        const auto out = master.subspan(slice.shard_begin, slice.count);
+        const auto out = weights.optimizer.master(slice.unit).subspan(slice.piece_begin, slice.count);
         if (config_.sequence_classifier && slice.part->name == "score.weight" && !reader_.has(slice.part->name))
             std::fill(out.begin(), out.end(), 0.0F);
         else
@@ -73,31 +60,55 @@ void DecoderTrainer::initialise(const FlatBuffers& flat, ShardInfo shard, std::s
     }
 }
 
-void DecoderTrainer::refresh(FlatBuffers& flat)
+void DecoderTrainer::make_resident(TrainingWeights& weights)
 {
-    if (weights_) {
-        weights_->refresh();
-        return;
-    }
     std::vector<Tensor> parameters;
-    for (std::size_t i = 0; i < flat.parameters.size(); ++i)
-        parameters.push_back(flat.view(flat.compute, i));
+    for (std::size_t i = 0; i < weights.parameters.size(); ++i)
+        parameters.push_back(weights.view(i));
     const Tensor panels =
-        flat.share(ResidentWeights::panel_elements(config_, *engine_, true), "packed weights of the training");
-    const ResidentWeights::Options weights{
-        .dtype = dtype_, .with_backward = true, .part = flat.node().rank(), .parts = flat.node().size()};
-    weights_ = std::make_unique<ResidentWeights>(config_, *engine_, std::move(parameters), weights, panels);
-    decoder_ = std::make_unique<Decoder>(config_, *engine_, *weights_);
-    sink_ = std::make_unique<FlatSink>(flat);
+        weights.share(ResidentWeights::panel_elements(config_, *engine_, true), "packed weights of the training");
+    const ResidentWeights::Options options{
+        .dtype = dtype_, .with_backward = true, .part = weights.node().rank(), .parts = weights.node().size()};
+    resident_ = std::make_unique<ResidentWeights>(config_, *engine_, std::move(parameters), options, panels);
+    if (config_.sequence_classifier)
+        score_head_ = weights.view(static_cast<std::size_t>(ParameterIndex::head(config_)));
 }
 
-void DecoderTrainer::write_model(const std::string& directory, const FlatBuffers& flat, std::span<const float> master,
-                                 DType dtype) const
+void DecoderTrainer::refresh(TrainingWeights& weights)
+{
+    if (weights.stage() == 3) {
+        if (!sharded_)
+            sharded_ = std::make_unique<ShardedWeights>(config_, *engine_, weights.parameters, weights.optimizer,
+                                                        weights.comm(), weights.node(), weights.compute(),
+                                                        ShardedWeights::Options{.prefetch = weights.options().prefetch});
+        sharded_->refresh();
+    } else {
+        agree(weights.comm(), "preparing the weights", [&] {
+            if (resident_)
+                resident_->refresh();
+            else
+                make_resident(weights);
+        });
+    }
+    if (!decoder_) {
+        WeightStore& store = sharded_ ? static_cast<WeightStore&>(*sharded_) : *resident_;
+        decoder_ = std::make_unique<Decoder>(config_, *engine_, store);
+    }
+}
+
+std::span<const float> DecoderTrainer::score_head() const
+{
+    return sharded_ ? sharded_->score_head()
+                    : std::span<const float>(score_head_.f32(), static_cast<std::size_t>(score_head_.columns));
+}
+
+void DecoderTrainer::write_model(const std::string& directory, const FlatLayout& layout,
+                                 std::span<const float> master, DType dtype) const
 {
     copy_trained_model_files(directory_, directory, dtype, config_.sequence_classifier);
     const auto read = [&](std::int64_t parameter, std::int64_t begin, std::span<float> out) {
         const auto from = master.subspan(
-            flat.layout.offset(static_cast<std::size_t>(parameter)) + static_cast<std::size_t>(begin), out.size());
+            layout.offset(static_cast<std::size_t>(parameter)) + static_cast<std::size_t>(begin), out.size());
         std::copy(from.begin(), from.end(), out.begin());
     };
     write_model_weights(directory, config_, ParameterReader(read), dtype);

@@ -7,12 +7,13 @@
 #include "selm/model/safetensors.hpp"
 #include "selm/model/weights.hpp"
 #include "selm/phases/train.hpp"
+#include "selm/shard/sharded_weights.hpp"
 #include "training_objective.hpp"
 
 namespace selm {
 
-/// The decoder whose weights are all trained: engine, packed weights of the flat buffer (once per node, each rank packs
-/// some), gradients into the flat buffer.
+/// The decoder whose weights are trained: engine, and weights packed from the training's (once per node, each rank packs
+/// some; stage 3: layer by layer).
 class DecoderTrainer {
   public:
     /// Reads config.json, checks the weight files, makes the engine. Not collective.
@@ -23,23 +24,28 @@ class DecoderTrainer {
     const Engine& engine() const { return *engine_; }
     Engine& engine() { return *engine_; }
     Decoder& decoder() { return *decoder_; }
-    GradientSink& sink() { return *sink_; }
+    std::int64_t weight_bytes() const { return sharded_ ? sharded_->bytes() : 0; }
+    CommTimes comm_times() const { return sharded_ ? sharded_->times() : CommTimes{}; }
+    /// f32 [H] of a reward model, as the passes use it.
+    std::span<const float> score_head() const;
 
     /// From the start directory; a score head that it does not have starts at zero (so the first loss is log 2).
-    void initialise(const FlatBuffers& flat, ShardInfo shard, std::span<float> master) const;
-    void refresh(FlatBuffers& flat);
-    void write_model(const std::string& directory, const FlatBuffers& flat, std::span<const float> master,
+    void initialise(TrainingWeights& weights) const;
+    /// Collective. @throws Error io: no room for packed weights.
+    void refresh(TrainingWeights& weights);
+    void write_model(const std::string& directory, const FlatLayout& layout, std::span<const float> master,
                      DType dtype) const;
 
   private:
-    class FlatSink;
+    void make_resident(TrainingWeights& weights);
     std::string directory_;
     DecoderConfig config_;
     DType dtype_;
     SafetensorsReader reader_;
     std::unique_ptr<Engine> engine_;
-    std::unique_ptr<GradientSink> sink_;
-    std::unique_ptr<ResidentWeights> weights_;
+    std::unique_ptr<ResidentWeights> resident_; ///< stages 0 to 2
+    std::unique_ptr<ShardedWeights> sharded_;   ///< stage 3
+    Tensor score_head_;
     std::unique_ptr<Decoder> decoder_;
 
   public:

@@ -245,12 +245,13 @@ ordered_json plan_memory(const IteratePhases& phases, const DecoderConfig& polic
 
 ordered_json plan_shards(const DecoderConfig& policy, const FlatLayout& layout)
 {
-    std::vector<ShardInfo> shards;
-    for (int rank = 0; rank < layout.ranks(); ++rank)
-        shards.push_back(layout.shard(rank));
-    const ShardBalance balance = check_shards(layout.total(), layout.alignment(), shards);
+    const ShardBalance balance = check_shards(layout);
     check_tensor_slices(decoder_parameters(policy), layout);
-    return {{"elements", layout.total()}, {"ranks", layout.ranks()}, {"smallest", balance.smallest}, {"largest", balance.largest}};
+    return {{"elements", layout.total()},
+            {"ranks", layout.ranks()},
+            {"units", layout.units()},
+            {"smallest", balance.smallest},
+            {"largest", balance.largest}};
 }
 
 ordered_json plan_model(const IterateOptions& options, const DecoderConfig& policy)
@@ -284,7 +285,9 @@ ordered_json plan_run(const IterateOptions& given, int ranks_here)
                                << " iterations (a portion would be empty). Use more rows or fewer iterations");
     const std::int64_t ranks = options.ranks > 0 ? options.ranks : ranks_here;
     const std::int64_t ranks_per_node = options.ranks_per_node > 0 ? std::min(options.ranks_per_node, ranks) : ranks;
-    const FlatLayout layout(decoder_parameters(policy), static_cast<int>(ranks));
+    const FlatLayout layout(decoder_parameters(policy), static_cast<int>(ranks),
+                            {.bucket = static_cast<std::size_t>(options.train_options.bucket_bytes) / sizeof(float),
+                             .group_ends = decoder_parameter_groups(policy)});
 
     ordered_json plan;
     plan["ranks"] = ranks;

@@ -9,6 +9,8 @@
 #include "selm/model/weights.hpp"
 #include "selm/phases/shared_model.hpp"
 #include "selm/rank/ranker.hpp"
+#include "selm/shard/gradient.hpp"
+#include "selm/shard/sharded_weights.hpp"
 
 namespace selm {
 namespace {
@@ -112,16 +114,27 @@ PhaseMemory train_memory(const TrainOptions& options, std::int64_t max_new_token
 {
     const std::int64_t tokens = most_tokens(options.tokens_per_microbatch, options.encoding, max_new_tokens);
     const auto whole = static_cast<std::int64_t>(layout.total());
-    const auto shard = options.zero == 0 ? whole : static_cast<std::int64_t>(layout.shard(0).size); // the first is the largest
-    // Beside both moments and the reduced gradient: master weights, which in fp32 are the shared weights themselves.
-    const bool own_master = options.zero == 0 || parse_dtype(options.common.dtype) == DType::bf16;
+    const auto shard = static_cast<std::int64_t>(options.zero == 0 ? layout.total() : layout.shard_elements(0, false)); // the largest
+    // Beside both moments: master weights, where the weights that passes read are not the master weights themselves.
+    const bool gathered = options.zero == 3 && options.zero3_group == "world";
+    const bool own_master = gathered || parse_dtype(options.common.dtype) == DType::bf16;
     PhaseMemory memory{"train", {}, {}, {}};
     auto& weights = options.zero == 0 ? memory.per_rank : memory.per_node;
-    weights = {{"parameters", float_bytes * whole},
-               {"packed weights", float_bytes * ResidentWeights::panel_elements(policy, engine, true)}};
+    if (!gathered)
+        weights.emplace_back("parameters", float_bytes * whole);
+    if (options.zero == 3)
+        weights.emplace_back("weights of layers in use",
+                             ShardedWeights::node_bytes(policy, engine, decoder_parameters(policy), layout, !gathered,
+                                                        {.prefetch = options.prefetch}));
+    else
+        weights.emplace_back("packed weights", float_bytes * ResidentWeights::panel_elements(policy, engine, true));
+    const ShardedGradient::Options gradient{.stage = static_cast<int>(options.zero),
+                                            .accumulate = parse_dtype(options.accumulate_dtype),
+                                            .most_in_flight =
+                                                static_cast<std::size_t>(options.bucket_bytes) / sizeof(float)};
     for (const auto& part :
-         {std::pair{"gradients", float_bytes * whole},
-          {"optimizer shard", (own_master ? 4 : 3) * float_bytes * shard},
+         {std::pair{"gradients", ShardedGradient::planned_peak_bytes(layout, 0, gradient)},
+          {"optimizer state", (own_master ? 3 : 2) * float_bytes * shard},
           {"activations", decoder_activation_bytes(policy, engine.activation_dtype(), tokens, tokens, true)}})
         memory.per_rank.emplace_back(part);
     return memory;
@@ -150,11 +163,29 @@ ShardBalance check_shards(std::size_t total, std::size_t alignment, const std::v
     return balance;
 }
 
+ShardBalance check_shards(const FlatLayout& layout)
+{
+    for (std::size_t u = 0; u < layout.units(); ++u) {
+        std::vector<ShardInfo> shards;
+        for (int rank = 0; rank < layout.ranks(); ++rank) {
+            shards.push_back(layout.shard(u, rank));
+            shards.back().offset -= layout.unit(u).flat.offset;
+        }
+        check_shards(layout.unit(u).flat.size, layout.alignment(), shards);
+    }
+    ShardBalance balance{layout.total(), 0};
+    for (int rank = 0; rank < layout.ranks(); ++rank) {
+        balance.smallest = std::min(balance.smallest, layout.shard_elements(rank, false));
+        balance.largest = std::max(balance.largest, layout.shard_elements(rank, false));
+    }
+    return balance;
+}
+
 void check_tensor_slices(const std::vector<ParameterSpec>& parameters, const FlatLayout& layout)
 {
     std::vector<std::size_t> covered;
     for (int rank = 0; rank < layout.ranks(); ++rank) {
-        const auto slices = part_slices(parameters, layout, layout.shard(rank));
+        const auto slices = part_slices(parameters, layout, rank_pieces(layout, rank));
         covered.resize(slices.size(), 0);
         for (std::size_t i = 0; i < slices.size(); ++i) {
             if (slices[i].count == 0)

@@ -49,6 +49,8 @@ struct ShardBalance {
 /// @throws Error internal unless the shards cover [0, total) in order, without gap or overlap, and none is larger than an
 /// equal share rounded up to the alignment.
 ShardBalance check_shards(std::size_t total, std::size_t alignment, const std::vector<ShardInfo>& shards);
+/// The same for every unit of a layout; the balance is that of all units together.
+ShardBalance check_shards(const FlatLayout& layout);
 
 /// @throws Error internal unless every element of every checkpoint tensor lies in exactly one rank's shard.
 void check_tensor_slices(const std::vector<ParameterSpec>& parameters, const FlatLayout& layout);

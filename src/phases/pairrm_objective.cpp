@@ -71,18 +71,18 @@ class PairRmObjective final : public TrainingObjective {
     }
     void start_epoch(std::int64_t epoch) override { epoch_ = epoch; }
 
-    void initialise(const FlatBuffers& flat, ShardInfo shard, std::span<float> master) const override
+    void initialise(TrainingWeights& weights) const override
     {
         std::vector<float> values;
-        for (std::size_t i = 0; i < flat.parameters.size(); ++i) {
-            const ParameterSpec& spec = flat.parameters[i];
-            const auto size = static_cast<std::size_t>(spec.elements());
-            const std::size_t begin = std::max(shard.offset, flat.layout.offset(i));
-            const std::size_t end = std::min(shard.offset + shard.size, flat.layout.offset(i) + size);
-            if (begin >= end)
+        for (const ParameterSlice& slice :
+             parameter_slices(weights.parameters, weights.layout, weights.optimizer.pieces())) {
+            if (slice.count == 0)
                 continue;
-            const auto out = master.subspan(begin - shard.offset, end - begin);
-            const auto first = begin - flat.layout.offset(i);
+            const std::size_t i = slice.parameter;
+            const ParameterSpec& spec = weights.parameters[i];
+            const auto size = static_cast<std::size_t>(spec.elements());
+            const auto out = weights.optimizer.master(slice.unit).subspan(slice.piece_begin, slice.count);
+            const std::size_t first = slice.parameter_begin;
             const std::size_t stored = stored_elements(spec);
             const std::size_t from_file = std::min(out.size(), stored > first ? stored - first : 0);
             if (from_file > 0)
@@ -95,23 +95,26 @@ class PairRmObjective final : public TrainingObjective {
         }
     }
 
-    void refresh(FlatBuffers& flat) override
+    void refresh(TrainingWeights& weights) override
+    {
+        agree(weights.comm(), "preparing the weights", [&] { refresh_own(weights); });
+    }
+    void refresh_own(TrainingWeights& weights)
     {
         if (weights_) {
             weights_->refresh();
             return;
         }
         std::vector<Tensor> parameters;
-        for (std::size_t i = 0; i < flat.parameters.size(); ++i)
-            parameters.push_back(flat.view(flat.compute, i));
+        for (std::size_t i = 0; i < weights.parameters.size(); ++i)
+            parameters.push_back(weights.view(i));
         weights_ = std::make_unique<PairWeights>(
             config_, *engine_, std::move(parameters),
             PairWeights::Options{.dtype = parse_dtype(options_.common.dtype), .with_backward = true});
         model_ = std::make_unique<PairModel>(config_, *engine_, *weights_);
-        sink_ = std::make_unique<FlatSink>(flat);
     }
 
-    void accumulate(std::span<const std::int64_t> rows, double scale, FlatBuffers&, StepSums& sums,
+    void accumulate(std::span<const std::int64_t> rows, double scale, GradientSink& gradient, StepSums& sums,
                     std::vector<std::int64_t>& bad_rows) override
     {
         std::vector<PairInput> inputs;
@@ -138,7 +141,7 @@ class PairRmObjective final : public TrainingObjective {
             sums[StepSums::margin] += margin;
             sums[StepSums::accuracy] += margin > 0 ? 1 : 0;
         }
-        model_->backward(*pass, slopes, *sink_);
+        model_->backward(*pass, slopes, gradient);
     }
     std::int64_t engine_bytes() const override { return engine_->peak_allocated_bytes(); }
     std::string engine_description() const override { return engine_->description(); }
@@ -150,14 +153,14 @@ class PairRmObjective final : public TrainingObjective {
                 {"rewards/margins", sums.mean(StepSums::margin)}};
     }
 
-    void write_model(const std::string& directory, const FlatBuffers& flat,
+    void write_model(const std::string& directory, const FlatLayout& layout,
                      std::span<const float> master) const override
     {
         write_ranker_files(options_.policy, directory, config_, tokens_, tokenizer_, parse_dtype(options_.save_dtype));
         write_pair_weights(
             directory, config_,
             [&](std::int64_t parameter, std::int64_t begin, std::span<float> out) {
-                const auto from = master.subspan(flat.layout.offset(static_cast<std::size_t>(parameter)) +
+                const auto from = master.subspan(layout.offset(static_cast<std::size_t>(parameter)) +
                                                      static_cast<std::size_t>(begin),
                                                  out.size());
                 std::copy(from.begin(), from.end(), out.begin());
@@ -174,20 +177,6 @@ class PairRmObjective final : public TrainingObjective {
     }
 
   private:
-    /// Gradients go straight into the flat buffer.
-    class FlatSink final : public GradientSink {
-      public:
-        explicit FlatSink(FlatBuffers& flat) : flat_(flat) {}
-        Tensor gradient(std::int64_t parameter) override
-        {
-            return flat_.view(flat_.gradient, static_cast<std::size_t>(parameter));
-        }
-        void ready(std::int64_t) override {} // the reduction starts when all microbatches are done
-
-      private:
-        FlatBuffers& flat_;
-    };
-
     PairEncoder::Row encode(std::int64_t row) const
     {
         const PreferenceRow texts = prefs_->row(range_.begin + row);
@@ -244,7 +233,6 @@ class PairRmObjective final : public TrainingObjective {
     std::unique_ptr<Engine> engine_;
     std::unique_ptr<PairWeights> weights_;
     std::unique_ptr<PairModel> model_;
-    std::unique_ptr<GradientSink> sink_;
     std::vector<std::int64_t> costs_;
     std::int64_t epoch_ = 0;
 };

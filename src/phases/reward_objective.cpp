@@ -90,20 +90,21 @@ class RewardModelObjective final : public TrainingObjective {
     std::string row_name(std::int64_t row) const override { return rows_.name(row); }
     std::vector<ParameterSpec> parameters() const override { return decoder_parameters(model_->config()); }
     CheckpointBinding binding() const override { return rows_.binding(); }
-    void initialise(const FlatBuffers& flat, ShardInfo shard, std::span<float> master) const override
-    {
-        model_->initialise(flat, shard, master);
-    }
-    void refresh(FlatBuffers& flat) override { model_->refresh(flat); }
+    std::vector<std::int64_t> parameter_groups() const override { return decoder_parameter_groups(model_->config()); }
+    bool can_shard_parameters() const override { return true; }
+    std::int64_t weight_bytes() const override { return model_->weight_bytes(); }
+    CommTimes comm_times() const override { return model_->comm_times(); }
+    void initialise(TrainingWeights& weights) const override { model_->initialise(weights); }
+    void refresh(TrainingWeights& weights) override { model_->refresh(weights); }
     std::int64_t engine_bytes() const override { return model_->engine().peak_allocated_bytes(); }
     std::string engine_description() const override { return model_->engine().description(); }
-    void write_model(const std::string& directory, const FlatBuffers& flat,
+    void write_model(const std::string& directory, const FlatLayout& layout,
                      std::span<const float> master) const override
     {
-        model_->write_model(directory, flat, master, save_dtype_);
+        model_->write_model(directory, layout, master, save_dtype_);
     }
 
-    void accumulate(std::span<const std::int64_t> rows, double scale, FlatBuffers& flat, StepSums& sums,
+    void accumulate(std::span<const std::int64_t> rows, double scale, GradientSink& gradient, StepSums& sums,
                     std::vector<std::int64_t>& bad_rows) override
     {
         std::vector<PackedRow> packed;
@@ -118,8 +119,7 @@ class RewardModelObjective final : public TrainingObjective {
         std::vector<float> h(static_cast<std::size_t>(batch.branches * hidden));
         SELM_EXPECT(pass->hidden().dtype == DType::f32);
         engine.copy_to_host(pass->hidden(), h.data());
-        const auto head = static_cast<std::size_t>(ParameterIndex::head(model_->config()));
-        const std::vector<double> scores = scores_of(h, flat.view(flat.compute, head).f32());
+        const std::vector<double> scores = scores_of(h, model_->score_head().data());
 
         std::vector<double> slopes(scores.size(), 0.0);
         std::size_t first = 0;
@@ -137,7 +137,7 @@ class RewardModelObjective final : public TrainingObjective {
             first += packed[i].branches.size();
         }
         sums[StepSums::tokens] += static_cast<double>(batch.tokens.size());
-        backward(*pass, h, slopes, flat, head);
+        backward(*pass, h, slopes, gradient);
     }
 
     ordered_json metrics(const StepSums& sums) const override
@@ -164,21 +164,24 @@ class RewardModelObjective final : public TrainingObjective {
 
     /// d score / d h = w, d score / d w = h.
     void backward(Decoder::Pass& pass, const std::vector<float>& h, const std::vector<double>& slopes,
-                  FlatBuffers& flat, std::size_t head)
+                  GradientSink& gradient)
     {
         const auto hidden = static_cast<std::size_t>(model_->config().hidden);
-        const float* w = flat.view(flat.compute, head).f32();
-        float* dw = flat.view(flat.gradient, head).f32();
+        const std::int64_t head = ParameterIndex::head(model_->config());
+        const float* w = model_->score_head().data();
+        const Tensor d_head = gradient.gradient(head);
         std::vector<float> dh(h.size());
         for (std::size_t i = 0; i < slopes.size(); ++i)
             for (std::size_t j = 0; j < hidden; ++j) {
                 dh[i * hidden + j] = static_cast<float>(slopes[i] * static_cast<double>(w[j]));
-                dw[j] += static_cast<float>(slopes[i] * static_cast<double>(h[i * hidden + j]));
+                if (!d_head.empty())
+                    d_head.f32()[j] += static_cast<float>(slopes[i] * static_cast<double>(h[i * hidden + j]));
             }
+        gradient.ready(head);
         Engine& engine = model_->engine();
         const Tensor d_hidden = engine.allocate(pass.hidden().rows, pass.hidden().columns, pass.hidden().dtype);
         engine.copy_from_host(dh.data(), d_hidden);
-        model_->decoder().backward(pass, d_hidden, model_->sink());
+        model_->decoder().backward(pass, d_hidden, gradient);
     }
 
     DType save_dtype_;
@@ -371,31 +374,35 @@ class RewardHeadObjective final : public TrainingObjective {
     std::string row_name(std::int64_t row) const override { return rows_.name(row); }
     std::vector<ParameterSpec> parameters() const override { return parameters_; }
     CheckpointBinding binding() const override { return rows_.binding(); }
-    void initialise(const FlatBuffers&, ShardInfo shard, std::span<float> master) const override
+    void initialise(TrainingWeights& weights) const override
     {
-        for (std::size_t i = 0; i < master.size() && shard.offset + i < start_.size(); ++i)
-            master[i] = start_[shard.offset + i] * scale_[shard.offset + i];
+        const ShardInfo piece = weights.optimizer.pieces()[0];
+        const auto master = weights.optimizer.master(0);
+        for (std::size_t i = 0; i < master.size() && piece.offset + i < start_.size(); ++i)
+            master[i] = start_[piece.offset + i] * scale_[piece.offset + i];
     }
-    void refresh(FlatBuffers&) override {}
+    void refresh(TrainingWeights& weights) override { v_ = weights.view(0); }
     std::int64_t engine_bytes() const override { return engine_bytes_; }
     std::string engine_description() const override { return engine_; }
 
-    void accumulate(std::span<const std::int64_t> rows, double scale, FlatBuffers& flat, StepSums& sums,
+    void accumulate(std::span<const std::int64_t> rows, double scale, GradientSink& gradient, StepSums& sums,
                     std::vector<std::int64_t>& bad_rows) override
     {
         const std::size_t hidden = scale_.size();
+        float* const d_v = gradient.gradient(0).f32();
         for (const std::int64_t row : rows) {
             const float* x = features_.data() + static_cast<std::size_t>(row) * hidden;
             double margin = 0;
             for (std::size_t j = 0; j < hidden; ++j)
-                margin += static_cast<double>(flat.compute[j]) * static_cast<double>(x[j]);
+                margin += static_cast<double>(v_.f32()[j]) * static_cast<double>(x[j]);
             const BradleyTerryLoss loss = bradley_terry_loss(margin, 0);
             if (!std::isfinite(loss.loss))
                 bad_rows.push_back(row);
             for (std::size_t j = 0; j < hidden; ++j)
-                flat.gradient[j] += static_cast<float>(scale * loss.d_best * static_cast<double>(x[j]));
+                d_v[j] += static_cast<float>(scale * loss.d_best * static_cast<double>(x[j]));
             add_row(sums, loss, margin);
         }
+        gradient.ready(0);
     }
 
     ordered_json metrics(const StepSums& sums) const override
@@ -405,7 +412,7 @@ class RewardHeadObjective final : public TrainingObjective {
                 {"rewards/margins", sums.mean(StepSums::margin)}};
     }
 
-    void write_model(const std::string& directory, const FlatBuffers&, std::span<const float> master) const override
+    void write_model(const std::string& directory, const FlatLayout&, std::span<const float> master) const override
     {
         copy_trained_model_files(options_.policy, directory, save_dtype_, true);
         const SafetensorsReader reader(options_.policy);
@@ -452,6 +459,7 @@ class RewardHeadObjective final : public TrainingObjective {
     std::vector<float> features_; ///< d / s [rows, H], the same on every rank
     std::vector<float> scale_;    ///< s [H]
     std::vector<float> start_;    ///< w to start from [H]
+    Tensor v_;                    ///< what is trained [1, H]
     std::string engine_;
     std::int64_t engine_bytes_ = 0;
 };

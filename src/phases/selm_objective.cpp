@@ -99,20 +99,21 @@ class SelmObjective final : public TrainingObjective {
                 {"rows and pairs", rows_.pairs_digest},
                 {"reference log-probs", rows_.reference_digest}};
     }
-    void initialise(const FlatBuffers& flat, ShardInfo shard, std::span<float> master) const override
-    {
-        model_->initialise(flat, shard, master);
-    }
-    void refresh(FlatBuffers& flat) override { model_->refresh(flat); }
+    std::vector<std::int64_t> parameter_groups() const override { return decoder_parameter_groups(model_->config()); }
+    bool can_shard_parameters() const override { return true; }
+    std::int64_t weight_bytes() const override { return model_->weight_bytes(); }
+    CommTimes comm_times() const override { return model_->comm_times(); }
+    void initialise(TrainingWeights& weights) const override { model_->initialise(weights); }
+    void refresh(TrainingWeights& weights) override { model_->refresh(weights); }
     std::int64_t engine_bytes() const override { return model_->engine().peak_allocated_bytes(); }
     std::string engine_description() const override { return model_->engine().description(); }
-    void write_model(const std::string& directory, const FlatBuffers& flat,
+    void write_model(const std::string& directory, const FlatLayout& layout,
                      std::span<const float> master) const override
     {
-        model_->write_model(directory, flat, master, save_dtype_);
+        model_->write_model(directory, layout, master, save_dtype_);
     }
 
-    void accumulate(std::span<const std::int64_t> rows, double scale, FlatBuffers&, StepSums& sums,
+    void accumulate(std::span<const std::int64_t> rows, double scale, GradientSink& gradient, StepSums& sums,
                     std::vector<std::int64_t>& bad_rows) override
     {
         std::vector<PackedRow> packed;
@@ -136,7 +137,7 @@ class SelmObjective final : public TrainingObjective {
         std::vector<float> g(batch.owner.size());
         for (std::size_t i = 0; i < g.size(); ++i)
             g[i] = static_cast<float>(scale * slopes[static_cast<std::size_t>(batch.owner[i])]);
-        model_->decoder().backward_scored(*pass, g, model_->sink());
+        model_->decoder().backward_scored(*pass, g, gradient);
         sums[StepSums::tokens] += static_cast<double>(batch.tokens.size());
     }
 

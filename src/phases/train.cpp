@@ -31,7 +31,13 @@ class RecipeKeys final : public OptionVisitor {
     }
     void option(const char*, const char*, std::vector<double>&, const char*, OptionRole) override {
     } // this iteration's values count
-    void option(const char*, const char*, std::vector<std::string>&, const char*, OptionRole) override {}
+    void option(const char* s, const char* n, std::vector<std::string>& v, const char*, OptionRole r) override
+    {
+        std::string joined;
+        for (const std::string& value : v)
+            joined += (joined.empty() ? "" : ",") + value;
+        add(s, n, joined, r);
+    }
     CheckpointBinding keys;
 
   private:

@@ -60,8 +60,20 @@ void TrainOptions::describe(OptionVisitor& visitor)
     visitor.option("train", "adam-beta2", adam_beta2, "AdamW: decay of the second moment", recipe);
     visitor.option("train", "adam-epsilon", adam_epsilon, "AdamW: added to the root of the second moment", recipe);
     visitor.option("train", "weight-decay", weight_decay, "AdamW: decoupled weight decay", recipe);
-    visitor.option("train", "zero", zero, "0|1: optimizer state whole on every rank, or cut over the ranks",
+    visitor.option("train", "zero", zero,
+                   "0|1|2|3: what is cut over the ranks: nothing, optimizer state, gradients too, parameters too",
                    operational);
+    visitor.option("train", "zero3-group", zero3_group,
+                   "world|node: at --zero 3, parameters cut over all ranks, or over those of each node", operational);
+    visitor.option("train", "prefetch", prefetch, "at --zero 3, layers that are gathered ahead", operational);
+    visitor.option("train", "bucket-bytes", bucket_bytes,
+                   "gradient that is reduced at once, at most (a larger parameter is one piece)", operational);
+    visitor.option("train", "accumulate-dtype", accumulate_dtype,
+                   "fp32|bf16: gradients as they are kept between passes and sent (sums are fp32)", recipe);
+    visitor.option("train", "node-ranks", node_ranks,
+                   "ranks that share memory at most, say those of a NUMA domain (0: all of a host)", operational);
+    visitor.option("train", "freeze", freeze,
+                   "tensors that are not trained: names with * and ?, separated by commas", recipe);
     visitor.option("train", "save-dtype", save_dtype, "bf16|fp32: type of the written weights", recipe);
     visitor.option("train", "checkpoint-every", checkpoint_every,
                    "optimizer steps between checkpoints (0: only when stopped)", operational);
@@ -107,9 +119,21 @@ void TrainOptions::validate() const
     SELM_VALIDATE(
         adam_beta1 >= 0 && adam_beta1 < 1 && adam_beta2 >= 0 && adam_beta2 < 1 && adam_epsilon > 0, ExitCode::usage,
         "the AdamW constants are out of range. Use 0 <= --adam-beta1, --adam-beta2 < 1 and --adam-epsilon > 0");
-    SELM_VALIDATE(zero >= 0 && zero <= 3, ExitCode::usage, "--zero " << zero << " is not known. Use one of 0|1");
-    SELM_VALIDATE(zero <= 1, ExitCode::configuration,
-                  "--zero " << zero << " is not built in this version. Use --zero 1 or 0");
+    SELM_VALIDATE(zero >= 0 && zero <= 3, ExitCode::usage, "--zero " << zero << " is not known. Use one of 0|1|2|3");
+    SELM_VALIDATE(zero3_group == "world" || zero3_group == "node", ExitCode::usage,
+                  "--zero3-group " << zero3_group << " is not known. Use one of world|node");
+    SELM_VALIDATE(zero != 3 || objective == "selm" || (objective == "bradley-terry" && trainable == "all"),
+                  ExitCode::configuration,
+                  "--zero 3 is for decoders (the parameters of "
+                      << (objective == "pairrm" ? "pair rankers" : "a head") << " are not cut). Use --zero 2");
+    at_least("prefetch", prefetch, 0);
+    at_least("bucket-bytes", bucket_bytes, 4096);
+    at_least("node-ranks", node_ranks, 0);
+    SELM_VALIDATE(accumulate_dtype == "fp32" || accumulate_dtype == "bf16", ExitCode::usage,
+                  "--accumulate-dtype " << accumulate_dtype << " is not known. Use one of fp32|bf16");
+    SELM_VALIDATE(accumulate_dtype == "fp32" || zero > 0, ExitCode::usage,
+                  "--accumulate-dtype bf16 saves nothing at --zero 0 (every rank keeps the summed gradient in fp32). "
+                  "Use --zero 1 or higher");
     SELM_VALIDATE(save_dtype == "bf16" || save_dtype == "fp32", ExitCode::usage,
                   "--save-dtype " << save_dtype << " is not known. Use one of bf16|fp32");
     SELM_VALIDATE(resume == "auto" || resume == "never", ExitCode::usage,

@@ -3,8 +3,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <functional>
 #include <utility>
+
+#include <fnmatch.h>
 
 #include "packed_rows.hpp"
 #include "selm/algo/schedule.hpp"
@@ -39,6 +40,57 @@ ShardedAdamW::Options optimizer_options(const TrainOptions& o)
             .round_bf16 = parse_dtype(o.common.dtype) == DType::bf16};
 }
 
+/// Which parameters do the patterns of --freeze name? A fused parameter is frozen as a whole.
+/// @throws Error usage naming the pattern that fits nothing, or the tensors that must go together.
+std::vector<bool> frozen_parameters(const std::vector<std::string>& patterns, std::span<const ParameterSpec> parameters)
+{
+    std::vector<bool> frozen(parameters.size(), false);
+    std::vector<bool> used(patterns.size(), false);
+    for (std::size_t i = 0; i < parameters.size(); ++i) {
+        std::size_t fitting = 0;
+        std::string names;
+        for (const ParameterSpec::Part& part : parameters[i].parts) {
+            bool fits = false;
+            for (std::size_t p = 0; p < patterns.size(); ++p)
+                if (fnmatch(patterns[p].c_str(), part.name.c_str(), 0) == 0)
+                    fits = used[p] = true;
+            fitting += fits ? 1 : 0;
+            names += (names.empty() ? "" : ", ") + part.name;
+        }
+        SELM_VALIDATE(fitting == 0 || fitting == parameters[i].parts.size(), ExitCode::usage,
+                      "--freeze names only some of " << names
+                                                     << " (they are one matrix in training). Name all of them or none");
+        frozen[i] = fitting > 0;
+    }
+    for (std::size_t p = 0; p < patterns.size(); ++p)
+        SELM_VALIDATE(used[p], ExitCode::usage,
+                      "--freeze " << patterns[p] << " fits no tensor of the model. See `selm_inspect` or the names in "
+                                                    "model.safetensors");
+    SELM_VALIDATE(std::find(frozen.begin(), frozen.end(), false) != frozen.end(), ExitCode::usage,
+                  "--freeze names every tensor (nothing would be trained). Leave some out");
+    return frozen;
+}
+
+TrainingWeights::Options weights_options(const TrainOptions& o, const TrainingObjective& objective)
+{
+    TrainingWeights::Options options;
+    options.optimizer = optimizer_options(o);
+    options.layout.bucket = static_cast<std::size_t>(o.bucket_bytes) / sizeof(float);
+    options.layout.group_ends = objective.parameter_groups();
+    options.layout.frozen = frozen_parameters(o.freeze, objective.parameters());
+    options.inside_node = o.zero == 3 && o.zero3_group == "node";
+    options.prefetch = o.prefetch;
+    options.node_ranks = static_cast<int>(o.node_ranks);
+    return options;
+}
+
+ShardedGradient::Options gradient_options(const TrainOptions& o)
+{
+    return {.stage = static_cast<int>(o.zero),
+            .accumulate = parse_dtype(o.accumulate_dtype),
+            .most_in_flight = static_cast<std::size_t>(o.bucket_bytes) / sizeof(float)};
+}
+
 /// Mean of a metric over lines that have it; 0 when none has.
 double mean_of(std::span<const ordered_json> lines, const char* key)
 {
@@ -58,40 +110,42 @@ TrainingLoop::TrainingLoop(const TrainOptions& options, std::int64_t iteration, 
                            TrainingObjective& objective, TrainingOutput& output, CheckpointBinding binding,
                            Communicator& comm)
     : options_(options), iteration_(iteration), peak_rate_(learning_rate), objective_(objective), output_(output),
-      binding_(std::move(binding)), comm_(comm), flat_(objective.parameters(), comm, options.zero != 0),
-      optimizer_(flat_.layout, comm, optimizer_options(options), &flat_.weights),
-      checkpoints_(output.checkpoints(), options.keep, flat_.parameters, flat_.layout, comm),
+      binding_(std::move(binding)), comm_(comm),
+      weights_(objective.parameters(), comm, weights_options(options, objective)),
+      gradient_(weights_.parameters, weights_.layout, comm, gradient_options(options)),
+      checkpoints_(output.checkpoints(), options.keep, weights_.parameters, weights_.layout, comm),
       steps_per_epoch_(steps_per_epoch(objective.rows(), options.global_batch)),
       total_steps_(steps_per_epoch_ * options.epochs)
 {
 }
 
-void TrainingLoop::timed(const std::function<void()>& collective)
+CommTimes TrainingLoop::comm_times() const
 {
-    const auto start = Clock::now();
-    collective();
-    reduce_seconds_ += seconds_between(start, Clock::now());
+    CommTimes times = own_times_;
+    times += gradient_.times();
+    times += weights_.optimizer.times();
+    times += objective_.comm_times();
+    return times;
 }
 
 void TrainingLoop::start()
 {
     std::optional<CheckpointState> found;
     if (options_.resume == "auto")
-        found = checkpoints_.load_latest(binding_, optimizer_);
+        found = checkpoints_.load_latest(binding_, weights_.optimizer);
     else
         output_.start_anew();
     if (found) {
         state_ = *found;
         SELM_LOG(info, "going on from the checkpoint of step " << state_.step << " of " << total_steps_);
     } else {
-        agree(comm_, "start weights",
-              [&] { objective_.initialise(flat_, optimizer_.state_shard(), optimizer_.master()); });
+        agree(comm_, "start weights", [&] { objective_.initialise(weights_); });
     }
     resumed_from_ = state_.step;
     lines_ = output_.cut_metrics(state_.step);
-    optimizer_.publish(flat_.compute);
-    agree(comm_, "preparing the weights", [&] { objective_.refresh(flat_); });
-    flat_.fence();
+    weights_.optimizer.publish();
+    objective_.refresh(weights_);
+    weights_.fence();
 }
 
 std::vector<std::int64_t> TrainingLoop::batch_rows(std::int64_t epoch, std::int64_t epoch_step)
@@ -107,22 +161,39 @@ std::vector<std::int64_t> TrainingLoop::batch_rows(std::int64_t epoch, std::int6
     return {order_.begin() + begin, order_.begin() + end};
 }
 
-/// This rank's rows of the batch, in microbatches under the token budget.
+/// This rank's rows of the batch, in microbatches under the token budget. The last pass is the one behind which stages 0
+/// and 1 reduce; at stages 2 and 3 every pass communicates, so all ranks make as many as the one with the most.
 void TrainingLoop::accumulate(Step& step, std::vector<std::int64_t>& bad_rows)
 {
     std::vector<std::int64_t> costs;
     for (const std::int64_t row : step.rows)
         costs.push_back(objective_.cost(row));
-    const auto mine = balance_rows(costs, comm_.size())[static_cast<std::size_t>(comm_.rank())];
-    std::vector<std::int64_t> rows, row_costs;
-    for (const std::size_t i : mine) {
-        rows.push_back(step.rows[i]);
-        row_costs.push_back(costs[i]);
+    std::vector<std::int64_t> rows;
+    std::vector<std::size_t> ends;
+    std::size_t passes = 1;
+    const auto of_ranks = balance_rows(costs, comm_.size());
+    for (std::size_t rank = 0; rank < of_ranks.size(); ++rank) {
+        std::vector<std::int64_t> row_costs;
+        for (const std::size_t i : of_ranks[rank])
+            row_costs.push_back(costs[i]);
+        auto of_rank = microbatch_ends(row_costs, options_.tokens_per_microbatch);
+        const bool mine = rank == static_cast<std::size_t>(comm_.rank());
+        if (mine || options_.zero >= 2)
+            passes = std::max(passes, of_rank.size());
+        if (!mine)
+            continue;
+        ends = std::move(of_rank);
+        for (const std::size_t i : of_ranks[rank])
+            rows.push_back(step.rows[i]);
     }
     const double scale = 1.0 / static_cast<double>(step.rows.size());
     std::size_t begin = 0;
-    for (const std::size_t end : microbatch_ends(row_costs, options_.tokens_per_microbatch)) {
-        objective_.accumulate(std::span(rows).subspan(begin, end - begin), scale, flat_, step.sums, bad_rows);
+    gradient_.begin_step();
+    for (std::size_t pass = 0; pass < passes; ++pass) {
+        const std::size_t end = pass < ends.size() ? ends[pass] : begin;
+        gradient_.begin_pass(pass + 1 == passes);
+        objective_.accumulate(std::span(rows).subspan(begin, end - begin), scale, gradient_, step.sums, bad_rows);
+        gradient_.end_pass();
         begin = end;
     }
 }
@@ -134,17 +205,17 @@ TrainingLoop::Step TrainingLoop::step()
     step.learning_rate =
         learning_rate(parse_schedule(options_.schedule), peak_rate_, state_.step, total_steps_, options_.warmup_ratio);
     std::vector<std::int64_t> bad_rows;
-    agree(comm_, "training step", [&] {
-        std::fill(flat_.gradient.begin(), flat_.gradient.end(), 0.0F);
-        accumulate(step, bad_rows);
-    });
-    timed([&] { comm_.all_reduce(std::span<double>(step.sums.values), ReduceOp::sum, "losses of the step"); });
-    step.gradient_norm = optimizer_.reduce(flat_.gradient);
+    agree(comm_, "training step", [&] { accumulate(step, bad_rows); });
+    {
+        const Stopwatch time(own_times_.exposed), flight(own_times_.in_flight);
+        comm_.all_reduce(std::span<double>(step.sums.values), ReduceOp::sum, "losses of the step");
+    }
+    step.gradient_norm = gradient_.finish();
     if (!std::isfinite(step.sums[StepSums::loss]) || !std::isfinite(step.gradient_norm))
         check_finite(step, bad_rows);
-    optimizer_.apply(step.learning_rate, flat_.compute);
-    agree(comm_, "updated weights", [&] { objective_.refresh(flat_); });
-    flat_.fence();
+    weights_.optimizer.apply(step.learning_rate, gradient_, step.gradient_norm);
+    objective_.refresh(weights_);
+    weights_.fence();
     ++state_.step;
     if (++state_.epoch_step == steps_per_epoch_) {
         state_.epoch_step = 0;
@@ -180,13 +251,14 @@ void TrainingLoop::check_finite(const Step& step, const std::vector<std::int64_t
                          ". Check these rows, lower --learning-rate, or use --dtype fp32"));
 }
 
-void TrainingLoop::record(const Step& step, double seconds, double comm_seconds)
+void TrainingLoop::record(const Step& step, double seconds, const CommTimes& comm)
 {
-    std::array<double, 2> largest{seconds,
-                                  static_cast<double>(objective_.engine_bytes() + flat_.bytes() + optimizer_.bytes())};
+    std::array<double, 2> largest{
+        seconds, static_cast<double>(objective_.engine_bytes() + objective_.weight_bytes() + weights_.bytes() +
+                                     gradient_.peak_bytes())};
     comm_.all_reduce(std::span<double>(largest), ReduceOp::max, "time and memory of the step");
-    const double mean_comm =
-        all_reduce_value(comm_, comm_seconds, ReduceOp::sum, "communication of the step") / comm_.size();
+    std::array<double, 2> mean{comm.exposed, comm.hidden()};
+    comm_.all_reduce(std::span<double>(mean), ReduceOp::sum, "communication of the step");
     const double epoch = static_cast<double>(state_.step) / static_cast<double>(steps_per_epoch_);
     ordered_json line{{"step", state_.step}, {"epoch", epoch}, {"learning_rate", step.learning_rate}};
     line.update(objective_.metrics(step.sums));
@@ -195,7 +267,8 @@ void TrainingLoop::record(const Step& step, double seconds, double comm_seconds)
     line["tokens"] = static_cast<std::int64_t>(step.sums[StepSums::tokens]);
     line["tokens_per_s"] = step.sums[StepSums::tokens] / largest[0];
     line["step_s"] = largest[0];
-    line["comm_s"] = mean_comm;
+    line["comm_s"] = mean[0] / comm_.size(); // waited for
+    line["comm_hidden_s"] = mean[1] / comm_.size();
     line["peak_bytes"] = static_cast<std::int64_t>(largest[1]);
     output_.append_metrics(line);
     show_progress(line);
@@ -222,7 +295,7 @@ void TrainingLoop::show_progress(const ordered_json& line)
 
 void TrainingLoop::save_checkpoint()
 {
-    checkpoints_.save(state_, binding_, optimizer_);
+    checkpoints_.save(state_, binding_, weights_.optimizer);
     SELM_LOG(info, "checkpoint of step " << state_.step << " saved in " << output_.checkpoints());
 }
 
@@ -256,15 +329,14 @@ TrainReport TrainingLoop::run()
     SELM_LOG(info, "training on " << objective_.rows() << " rows, " << total_steps_ << " steps of "
                                   << options_.global_batch << " rows, " << comm_.size() << " rank(s), engine "
                                   << objective_.engine_description() << ", dtype " << options_.common.dtype << ", ZeRO-"
-                                  << options_.zero << ", " << ((flat_.bytes() + optimizer_.bytes()) >> 20)
+                                  << options_.zero << ", " << ((weights_.bytes() + objective_.weight_bytes() + gradient_.bytes()) >> 20)
                                   << " MiB of weights, gradients and optimizer state per rank");
     start_ = Clock::now();
     while (state_.step < total_steps_) {
         const auto step_start = Clock::now();
-        const double comm_before = optimizer_.comm_seconds() + reduce_seconds_;
+        const CommTimes comm_before = comm_times();
         const Step done = step();
-        record(done, seconds_between(step_start, Clock::now()),
-               optimizer_.comm_seconds() + reduce_seconds_ - comm_before);
+        record(done, seconds_between(step_start, Clock::now()), comm_times() - comm_before);
         if (state_.step == total_steps_)
             break;
         const bool enough = options_.max_steps > 0 && state_.step - resumed_from_ >= options_.max_steps;
@@ -282,8 +354,9 @@ TrainReport TrainingLoop::run()
 
 void TrainingLoop::publish(const TrainReport& report)
 {
-    optimizer_.gather_master(flat_.gradient); // not needed any more as a gradient
-    output_.publish([&](const std::string& directory) { objective_.write_model(directory, flat_, flat_.gradient); },
+    std::vector<float> master(weights_.layout.total());
+    weights_.gather_master(master);
+    output_.publish([&](const std::string& directory) { objective_.write_model(directory, weights_.layout, master); },
                     report_to_json(report), binding_);
 }
 

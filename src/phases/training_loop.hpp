@@ -2,7 +2,6 @@
 
 #include <chrono>
 #include <cstdint>
-#include <functional>
 #include <optional>
 #include <vector>
 
@@ -11,9 +10,11 @@
 #include "selm/comm/communicator.hpp"
 #include "selm/phases/train.hpp"
 #include "selm/shard/checkpoint.hpp"
-#include "selm/shard/optimizer.hpp"
+#include "selm/shard/comm_times.hpp"
+#include "selm/shard/gradient.hpp"
 #include "training_objective.hpp"
 #include "training_output.hpp"
+#include "training_weights.hpp"
 
 namespace selm {
 
@@ -45,12 +46,12 @@ class TrainingLoop {
     std::vector<std::int64_t> batch_rows(std::int64_t epoch, std::int64_t epoch_step);
     Step step();
     void accumulate(Step& step, std::vector<std::int64_t>& bad_rows);
+    CommTimes comm_times() const;
     void check_finite(const Step& step, const std::vector<std::int64_t>& bad_rows);
-    void record(const Step& step, double seconds, double comm_seconds);
+    void record(const Step& step, double seconds, const CommTimes& comm);
     void show_progress(const nlohmann::ordered_json& line);
     void save_checkpoint();
     TrainReport report(Outcome outcome) const;
-    void timed(const std::function<void()>& collective);
 
     const TrainOptions& options_;
     std::int64_t iteration_;
@@ -60,15 +61,15 @@ class TrainingLoop {
     CheckpointBinding binding_;
     Communicator& comm_;
 
-    FlatBuffers flat_;
-    ShardedAdamW optimizer_;
+    TrainingWeights weights_;
+    ShardedGradient gradient_;
     CheckpointStore checkpoints_;
     CheckpointState state_;
     std::int64_t steps_per_epoch_ = 0, total_steps_ = 0, resumed_from_ = 0;
     std::int64_t order_epoch_ = -1;
     std::vector<std::int64_t> order_;
     std::vector<nlohmann::ordered_json> lines_; ///< metrics of all steps, the same on every rank
-    double reduce_seconds_ = 0;                 ///< in this object's own collectives
+    CommTimes own_times_;                       ///< of this object's own collectives
     Clock::time_point start_ = Clock::now();
     Clock::time_point shown_{};
 };

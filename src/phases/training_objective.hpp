@@ -9,11 +9,11 @@
 
 #include <nlohmann/json.hpp>
 
-#include "flat_buffers.hpp"
 #include "selm/comm/communicator.hpp"
 #include "selm/model/decoder_config.hpp"
 #include "selm/shard/checkpoint.hpp"
-#include "selm/shard/flat_layout.hpp"
+#include "selm/model/decoder.hpp"
+#include "training_weights.hpp"
 
 namespace selm {
 
@@ -57,6 +57,10 @@ class TrainingObjective {
     cost(std::int64_t row) const = 0; ///< tokens that the row is computed with; the same on every rank
     virtual std::string row_name(std::int64_t row) const = 0; ///< for messages
     virtual std::vector<ParameterSpec> parameters() const = 0;
+    /// Ends of groups of parameters that are used together; empty: one group. See FlatLayoutOptions::group_ends.
+    virtual std::vector<std::int64_t> parameter_groups() const { return {}; }
+    /// Can its passes gather parameters as they go (ZeRO stage 3)?
+    virtual bool can_shard_parameters() const { return false; }
     /// What a checkpoint is bound to besides the options.
     virtual CheckpointBinding binding() const = 0;
 
@@ -65,25 +69,29 @@ class TrainingObjective {
     /// Tidies up once the model is published. Collective.
     virtual void finish(Communicator&) {}
 
-    /// Fills this rank's part of the start weights.
-    virtual void initialise(const FlatBuffers& flat, ShardInfo shard, std::span<float> master) const = 0;
-    /// flat.compute has new values; the first call comes before any accumulate(). Ranks of a node may fill memory that
-    /// they share: the caller calls flat.fence() when all have returned.
-    virtual void refresh(FlatBuffers& flat) = 0;
+    /// Fills this rank's pieces of the master weights with the start weights.
+    virtual void initialise(TrainingWeights& weights) const = 0;
+    /// The weights have new values; the first call comes before any accumulate(). Ranks of a node may fill memory that
+    /// they share: the caller calls weights.fence() when all have returned. Collective.
+    virtual void refresh(TrainingWeights& weights) = 0;
     /// The rows of accumulate() belong to this epoch (from 0) from now on.
     virtual void start_epoch(std::int64_t) {}
-    /// Adds scale * d(sum of the rows' losses) to flat.gradient, and the rows' figures to `sums`; rows whose loss is
-    /// not finite go to `bad_rows`.
-    virtual void accumulate(std::span<const std::int64_t> rows, double scale, FlatBuffers& flat, StepSums& sums,
+    /// One forward and backward pass: adds scale * d(sum of the rows' losses) to the gradient, and the rows' figures to
+    /// `sums`; rows whose loss is not finite go to `bad_rows`. No rows: a pass that adds nothing, but makes the calls of
+    /// weights and gradient that one with rows makes. Collective where weights or gradient are (stages 2 and 3).
+    virtual void accumulate(std::span<const std::int64_t> rows, double scale, GradientSink& gradient, StepSums& sums,
                             std::vector<std::int64_t>& bad_rows) = 0;
     virtual std::int64_t engine_bytes() const = 0; ///< peak of the engine's tensors
+    /// Of weights beside those of TrainingWeights (of memory that ranks share, this rank's part), and what moving them took.
+    virtual std::int64_t weight_bytes() const { return 0; }
+    virtual CommTimes comm_times() const { return {}; }
     virtual std::string engine_description() const = 0;
 
     /// The line of metrics.jsonl of a step, without what the loop adds; `sums` are global.
     virtual nlohmann::ordered_json metrics(const StepSums& sums) const = 0;
 
     /// Writes a whole model directory from the flat master weights [total]. Called on rank 0 alone.
-    virtual void write_model(const std::string& directory, const FlatBuffers& flat,
+    virtual void write_model(const std::string& directory, const FlatLayout& layout,
                              std::span<const float> master) const = 0;
 };
 

@@ -27,16 +27,27 @@ namespace {
 constexpr const char* checkpoint_format = "selm-checkpoint";
 constexpr std::int64_t checkpoint_version = 1;
 
-/// The three buffers of the optimizer's state, by the name of their datasets.
-struct NamedState {
+/// The three kinds of numbers of the optimizer's state, by the name of their datasets; frozen units have weights alone.
+struct StateKind {
     const char* name;
-    std::span<const float> values;
+    std::span<const float> (*values)(const ShardedAdamW& optimizer, std::size_t unit);
+    std::span<float> (*writable)(ShardedAdamW& optimizer, std::size_t unit);
+    bool of_frozen;
 };
 
-std::array<NamedState, 3> named_state(const ShardedAdamW& optimizer)
+constexpr std::array<StateKind, 3> state_kinds{
+    StateKind{"fp32", [](const ShardedAdamW& o, std::size_t unit) { return o.master(unit); },
+              [](ShardedAdamW& o, std::size_t unit) { return o.master(unit); }, true},
+    StateKind{"exp_avg", [](const ShardedAdamW& o, std::size_t unit) { return o.exp_avg(unit); },
+              [](ShardedAdamW& o, std::size_t unit) { return o.exp_avg(unit); }, false},
+    StateKind{"exp_avg_sq", [](const ShardedAdamW& o, std::size_t unit) { return o.exp_avg_sq(unit); },
+              [](ShardedAdamW& o, std::size_t unit) { return o.exp_avg_sq(unit); }, false}};
+
+/// A rank's own shard of a unit, also where it holds the whole unit.
+std::span<const float> own_values(const StateKind& kind, const ShardedAdamW& optimizer, std::size_t unit, int rank)
 {
-    return {NamedState{"fp32", optimizer.master()}, NamedState{"exp_avg", optimizer.exp_avg()},
-            NamedState{"exp_avg_sq", optimizer.exp_avg_sq()}};
+    const ShardInfo own = optimizer.layout().shard(unit, rank);
+    return kind.values(optimizer, unit).subspan(own.offset - optimizer.pieces()[unit].offset, own.size);
 }
 
 std::string dataset_path(const ParameterSpec::Part& part, const char* kind)
@@ -111,18 +122,17 @@ void read_state(const std::string& path, std::int64_t bytes, std::span<const Par
     SELM_VALIDATE(!error && found == static_cast<std::uintmax_t>(bytes), ExitCode::bad_data,
                   path << " is missing or does not have the size that its manifest tells");
     const h5::File file = h5::File::open(path);
-    const std::array<std::pair<const char*, std::span<float>>, 3> targets{
-        std::pair{"fp32", optimizer.master()}, std::pair{"exp_avg", optimizer.exp_avg()},
-        std::pair{"exp_avg_sq", optimizer.exp_avg_sq()}};
-    for (const PartSlice& slice : part_slices(parameters, layout, optimizer.state_shard())) {
+    for (const PartSlice& slice : part_slices(parameters, layout, optimizer.pieces())) {
         SELM_VALIDATE(file.string_attribute(cat("/parameters/", slice.part->name), "shape") ==
                           shape_text(slice.part->shape),
                       ExitCode::bad_data, path << ": " << slice.part->name << " has another shape than the model's");
-        for (const auto& [kind, values] : targets)
-            if (slice.count > 0)
-                file.read_into(dataset_path(*slice.part, kind), h5::ElementType::float32,
-                               static_cast<std::int64_t>(slice.part_begin), static_cast<std::int64_t>(slice.count),
-                               values.subspan(slice.shard_begin, slice.count).data());
+        for (const StateKind& kind : state_kinds) {
+            if (slice.count == 0 || (layout.unit(slice.unit).frozen && !kind.of_frozen))
+                continue;
+            file.read_into(dataset_path(*slice.part, kind.name), h5::ElementType::float32,
+                           static_cast<std::int64_t>(slice.part_begin), static_cast<std::int64_t>(slice.count),
+                           kind.writable(optimizer, slice.unit).subspan(slice.piece_begin, slice.count).data());
+        }
     }
 }
 
@@ -178,12 +188,12 @@ std::string CheckpointStore::newest() const
 
 std::vector<std::string> CheckpointStore::checksums(const ShardedAdamW& optimizer) const
 {
-    const ShardInfo own = layout_.shard(comm_.rank());
     std::array<std::uint64_t, 3> sums{};
-    const auto state = named_state(optimizer);
-    for (std::size_t i = 0; i < state.size(); ++i) {
-        const auto slab = state[i].values.subspan(own.offset - optimizer.state_shard().offset, own.size);
-        sums[i] = block_checksum(slab, own.offset, layout_.alignment());
+    for (std::size_t u = 0; u < layout_.units(); ++u) {
+        const ShardInfo own = layout_.shard(u, comm_.rank());
+        for (std::size_t i = 0; i < state_kinds.size(); ++i)
+            if (!layout_.unit(u).frozen || state_kinds[i].of_frozen)
+                sums[i] += block_checksum(own_values(state_kinds[i], optimizer, u, comm_.rank()), own.offset, layout_.alignment());
     }
     std::array<std::uint64_t, 3> total{};
     for (const auto& of_rank : all_gather_value(comm_, sums, "checkpoint checksums"))
@@ -221,9 +231,8 @@ void CheckpointStore::save(const CheckpointState& state, const CheckpointBinding
                       {"elements", checkpoint_elements(parameters_)},
                       {"created", utc_timestamp()},
                       {"software", software_version()}};
-        const auto kinds = named_state(optimizer);
-        for (std::size_t i = 0; i < kinds.size(); ++i)
-            manifest["checksums"][kinds[i].name] = sums[i];
+        for (std::size_t i = 0; i < state_kinds.size(); ++i)
+            manifest["checksums"][state_kinds[i].name] = sums[i];
         manifest["binding"] = json::object();
         for (const auto& [name, value] : binding)
             manifest["binding"][name] = value;
@@ -235,19 +244,20 @@ void CheckpointStore::save(const CheckpointState& state, const CheckpointBinding
 void CheckpointStore::write_state(const std::string& path, const CheckpointState& state,
                                   const ShardedAdamW& optimizer) const
 {
-    const ShardInfo own = layout_.shard(comm_.rank());
-    const std::size_t skip = own.offset - optimizer.state_shard().offset;
+    const auto own = rank_pieces(layout_, comm_.rank());
     const auto slices = part_slices(parameters_, layout_, own);
     h5::write_and_publish(path, comm_, "", [&](h5::File& file) {
         file.set_attributes(
             "/",
             {{"format", std::string(checkpoint_format)}, {"format_version", checkpoint_version}, {"step", state.step}});
         for (const PartSlice& slice : slices) {
-            for (const NamedState& kind : named_state(optimizer)) {
+            for (const StateKind& kind : state_kinds) {
+                if (layout_.unit(slice.unit).frozen && !kind.of_frozen)
+                    continue;
                 const std::string dataset = dataset_path(*slice.part, kind.name);
                 file.create_dataset(dataset, h5::ElementType::float32, {part_elements(*slice.part)});
                 file.write_slab(dataset, static_cast<std::int64_t>(slice.part_begin),
-                                kind.values.subspan(skip + slice.shard_begin, slice.count));
+                                own_values(kind, optimizer, slice.unit, comm_.rank()).subspan(slice.piece_begin, slice.count));
             }
             file.set_attribute(cat("/parameters/", slice.part->name), "shape", shape_text(slice.part->shape));
         }
@@ -295,10 +305,10 @@ std::optional<CheckpointState> CheckpointStore::load(std::int64_t step, const Ch
             read_state(stem(step) + ".h5", manifest["bytes"].get<std::int64_t>(), parameters_, layout_, optimizer);
         });
         const auto sums = checksums(optimizer);
-        const auto kinds = named_state(optimizer);
-        for (std::size_t i = 0; i < kinds.size(); ++i)
-            SELM_VALIDATE(manifest["checksums"].value(kinds[i].name, std::string()) == sums[i], ExitCode::bad_data,
-                          stem(step) << ".h5: the checksum of " << kinds[i].name
+        for (std::size_t i = 0; i < state_kinds.size(); ++i)
+            SELM_VALIDATE(manifest["checksums"].value(state_kinds[i].name, std::string()) == sums[i],
+                          ExitCode::bad_data,
+                          stem(step) << ".h5: the checksum of " << state_kinds[i].name
                                      << " does not agree with the manifest");
     } catch (const Error& error) {
         SELM_LOG(warning,

@@ -1,75 +1,58 @@
 #include "selm/shard/optimizer.hpp"
 
 #include <algorithm>
-#include <chrono>
-#include <cmath>
+#include <utility>
 
+#include "selm/base/error.hpp"
 #include "selm/kernels/engine.hpp"
 
 namespace selm {
 
-namespace {
-
-/// Adds the life time of the object to a counter.
-class Stopwatch {
-  public:
-    explicit Stopwatch(double& seconds) : seconds_(seconds) {}
-    ~Stopwatch() { seconds_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count(); }
-    Stopwatch(const Stopwatch&) = delete;
-    Stopwatch& operator=(const Stopwatch&) = delete;
-
-  private:
-    double& seconds_;
-    std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
-};
-
-} // namespace
-
-ShardedAdamW::ShardedAdamW(const FlatLayout& layout, Communicator& comm, const Options& options, SharedWeights* shared)
-    : layout_(layout), comm_(comm), options_(options), reduced_(layout.shard(comm.rank())), shared_(shared)
+ShardedAdamW::ShardedAdamW(const FlatLayout& layout, Communicator& comm, const Options& options, SharedWeights* compute)
+    : layout_(layout), options_(options),
+      pieces_(options.stage == 0 ? whole_pieces(layout) : rank_pieces(layout, comm.rank())), compute_(compute)
 {
-    SELM_EXPECT(options.stage == 0 || options.stage == 1);
+    SELM_EXPECT(options.stage >= 0 && options.stage <= 3);
+    SELM_EXPECT(compute != nullptr || options.stage == 3);
     SELM_EXPECT(layout.ranks() == comm.size());
-    state_ = options.stage == 0 ? ShardInfo{0, layout.total()} : reduced_;
-    for (std::vector<float>* buffer : {&exp_avg_, &exp_avg_sq_, &gradient_})
-        buffer->assign(state_.size, 0.0F);
-    if (shared != nullptr && options.stage == 1 && !options.round_bf16) {
-        master_ = shared->values().subspan(state_.offset, state_.size);
-    } else {
-        own_master_.assign(state_.size, 0.0F);
-        master_ = own_master_;
+    const bool own = compute == nullptr || options.round_bf16;
+    std::size_t weights = 0, trained = 0;
+    for (std::size_t u = 0; u < layout.units(); ++u) {
+        weights += pieces_[u].size;
+        trained += layout.unit(u).frozen ? 0 : pieces_[u].size;
+    }
+    own_master_.assign(own ? weights : 0, 0.0F);
+    own_moments_.assign(2 * trained, 0.0F);
+    std::span<float> masters(own_master_), moments(own_moments_);
+    const auto take = [](std::span<float>& from, std::size_t size) {
+        const auto taken = from.first(size);
+        from = from.subspan(size);
+        return taken;
+    };
+    for (std::size_t u = 0; u < layout.units(); ++u) {
+        const std::size_t size = pieces_[u].size;
+        master_.push_back(own ? take(masters, size) : compute->values().subspan(pieces_[u].offset, size));
+        const std::size_t with_moments = layout.unit(u).frozen ? 0 : size;
+        exp_avg_.push_back(take(moments, with_moments));
+        exp_avg_sq_.push_back(take(moments, with_moments));
     }
 }
 
 void ShardedAdamW::reset()
 {
-    for (const std::span<float> buffer : {master_, std::span(exp_avg_), std::span(exp_avg_sq_)})
-        std::fill(buffer.begin(), buffer.end(), 0.0F);
+    for (const auto& by_unit : {master_, exp_avg_, exp_avg_sq_})
+        for (const std::span<float> values : by_unit)
+            std::fill(values.begin(), values.end(), 0.0F);
     steps_done_ = 0;
 }
 
-double ShardedAdamW::reduce(std::span<const float> gradient)
+std::span<float> ShardedAdamW::compute(std::size_t unit)
 {
-    SELM_EXPECT(gradient.size() == layout_.total());
-    const auto own = std::span<float>(gradient_).subspan(reduced_.offset - state_.offset, reduced_.size);
-    {
-        const Stopwatch time(comm_seconds_);
-        comm_.reduce_scatter_sum(gradient, layout_.shard_offsets(), own, "gradients");
-    }
-    double squares = sum_of_squares(own);
-    {
-        const Stopwatch time(comm_seconds_);
-        squares = all_reduce_value(comm_, squares, ReduceOp::sum, "gradient norm");
-        if (options_.stage == 0)
-            comm_.all_gather_shards(own, layout_.shard_offsets(), gradient_, "gradients of all shards");
-    }
-    norm_ = std::sqrt(squares);
-    return norm_;
+    return compute_->values().subspan(pieces_[unit].offset, pieces_[unit].size);
 }
 
-void ShardedAdamW::apply(double learning_rate, std::span<float> compute)
+void ShardedAdamW::apply(double learning_rate, const ShardedGradient& gradient, double norm)
 {
-    SELM_EXPECT(compute.size() == layout_.total());
     ++steps_done_;
     AdamWOptions adamw;
     adamw.learning_rate = learning_rate;
@@ -78,46 +61,38 @@ void ShardedAdamW::apply(double learning_rate, std::span<float> compute)
     adamw.epsilon = options_.epsilon;
     adamw.weight_decay = options_.weight_decay;
     adamw.step_count = steps_done_;
-    adamw.gradient_scale = options_.max_grad_norm > 0 ? std::min(1.0, options_.max_grad_norm / (norm_ + 1e-6)) : 1.0;
-    adamw.round_bf16 = options_.round_bf16;
-    adamw_step(adamw, gradient_, master_, exp_avg_, exp_avg_sq_, compute.subspan(state_.offset, state_.size));
-    gather(compute);
+    adamw.gradient_scale = options_.max_grad_norm > 0 ? std::min(1.0, options_.max_grad_norm / (norm + 1e-6)) : 1.0;
+    adamw.round_bf16 = options_.round_bf16 && compute_ != nullptr;
+    for (std::size_t u = 0; u < layout_.units(); ++u)
+        if (!layout_.unit(u).frozen)
+            adamw_step(adamw, gradient.piece(u), master_[u], exp_avg_[u], exp_avg_sq_[u],
+                       compute_ != nullptr ? compute(u) : master_[u]);
+    spread();
 }
 
-void ShardedAdamW::publish(std::span<float> compute)
+void ShardedAdamW::publish()
 {
-    SELM_EXPECT(compute.size() == layout_.total());
-    const auto own = compute.subspan(state_.offset, state_.size);
-    if (own.data() != master_.data())
-        std::copy(master_.begin(), master_.end(), own.begin());
-    if (options_.round_bf16)
-        round_to_bf16(own);
-    gather(compute);
+    for (std::size_t u = 0; compute_ != nullptr && u < layout_.units(); ++u) {
+        const auto to = compute(u);
+        if (to.data() != master_[u].data())
+            std::copy(master_[u].begin(), master_[u].end(), to.begin());
+        if (options_.round_bf16)
+            round_to_bf16(to);
+    }
+    spread();
 }
 
-void ShardedAdamW::gather_master(std::span<float> full)
+void ShardedAdamW::spread()
 {
-    SELM_EXPECT(full.size() == layout_.total());
-    std::copy(master_.begin(), master_.end(), full.begin() + static_cast<std::ptrdiff_t>(state_.offset));
-    gather(full);
-}
-
-void ShardedAdamW::gather(std::span<float> compute)
-{
-    if (options_.stage == 0)
+    if (compute_ == nullptr || options_.stage == 0) // stage 0: everyone has made all of them
         return;
-    const Stopwatch time(comm_seconds_);
-    if (shared_ != nullptr && compute.data() == shared_->values().data())
-        shared_->spread();
-    else
-        comm_.all_gather_shards(compute.subspan(reduced_.offset, reduced_.size), layout_.shard_offsets(), compute,
-                                "updated weights");
+    const Stopwatch time(times_.exposed), flight(times_.in_flight);
+    compute_->spread(options_.round_bf16);
 }
 
 std::int64_t ShardedAdamW::bytes() const
 {
-    return static_cast<std::int64_t>((own_master_.size() + exp_avg_.size() + exp_avg_sq_.size() + gradient_.size()) *
-                                     sizeof(float));
+    return static_cast<std::int64_t>((own_master_.size() + own_moments_.size()) * sizeof(float));
 }
 
 } // namespace selm

@@ -1,7 +1,6 @@
 #include "selm/shard/shared_weights.hpp"
 
-#include <algorithm>
-#include <cstring>
+#include <deque>
 
 #include "selm/comm/agree.hpp"
 
@@ -9,17 +8,14 @@ namespace selm {
 
 namespace {
 
-/// Elements that all ranks together send to one node at a time, at most.
-constexpr std::size_t most_per_round = std::size_t{1} << 24;
+/// Units whose exchange is under way at once.
+constexpr std::size_t most_exchanges = 4;
 
 } // namespace
 
 SharedWeights::SharedWeights(const FlatLayout& layout, Communicator& comm, Communicator& node)
-    : layout_(layout), comm_(comm), node_(node)
+    : layout_(layout), node_(node), exchange_(layout, comm, NodeMap(comm, node))
 {
-    int first = comm.rank();
-    broadcast_value(node, first, 0, "first rank of the node");
-    first_of_node_ = all_gather_value(comm, first, "first ranks of the nodes");
     // NodeSharedMemory fails alike on all ranks of a node; agree() is for the other nodes.
     agree(comm, "memory for the weights", [&] {
         memory_ = std::make_unique<NodeSharedMemory>(node, layout.total() * sizeof(float), "weights");
@@ -27,41 +23,23 @@ SharedWeights::SharedWeights(const FlatLayout& layout, Communicator& comm, Commu
     values_ = {reinterpret_cast<float*>(memory_->data()), layout.total()};
 }
 
-void SharedWeights::spread()
+void SharedWeights::spread(bool bf16)
 {
-    const bool one_node = std::all_of(first_of_node_.begin(), first_of_node_.end(),
-                                      [&](int first) { return first == first_of_node_.front(); });
-    if (!one_node)
-        exchange_between_nodes();
-    memory_->fence();
-}
-
-void SharedWeights::exchange_between_nodes()
-{
-    const auto ranks = static_cast<std::size_t>(comm_.size());
-    const auto rank = static_cast<std::size_t>(comm_.rank());
-    const std::size_t round = std::max<std::size_t>(1, most_per_round / ranks);
-    const auto piece = [&](std::size_t of_rank, std::size_t done) {
-        const ShardInfo shard = layout_.shard(static_cast<int>(of_rank));
-        const std::size_t begin = std::min(done, shard.size);
-        return values_.subspan(shard.offset + begin, std::min(round, shard.size - begin));
+    std::deque<std::unique_ptr<PendingCollective>> under_way;
+    const auto finish_front = [&] {
+        under_way.front()->wait();
+        under_way.pop_front();
     };
-    const std::size_t longest = layout_.shard(0).size; // the first is the largest
-    for (std::size_t done = 0; done < longest; done += round) {
-        std::vector<std::vector<std::byte>> outgoing(ranks);
-        const auto own = std::as_bytes(piece(rank, done));
-        for (std::size_t r = 0; r < ranks; ++r)
-            if (first_of_node_[r] == static_cast<int>(r) && first_of_node_[rank] != first_of_node_[r])
-                outgoing[r].assign(own.begin(), own.end());
-        const auto incoming = comm_.all_to_all_ragged(outgoing, "updated weights of other nodes");
-        for (std::size_t r = 0; r < ranks; ++r) {
-            if (incoming[r].empty())
-                continue;
-            const auto to = piece(r, done);
-            SELM_EXPECT(incoming[r].size() == to.size_bytes());
-            std::memcpy(to.data(), incoming[r].data(), to.size_bytes());
-        }
+    for (std::size_t u = 0; u < layout_.units(); ++u) {
+        const ShardInfo unit = layout_.unit(u).flat;
+        if (auto pending = exchange_.start(u, values_.subspan(unit.offset, unit.size), bf16, "updated weights"))
+            under_way.push_back(std::move(pending));
+        while (under_way.size() > most_exchanges)
+            finish_front();
     }
+    while (!under_way.empty())
+        finish_front();
+    memory_->fence();
 }
 
 std::int64_t SharedWeights::bytes() const

@@ -33,7 +33,13 @@ struct TrainOptions {
     bool shuffle = true;
     double max_grad_norm = 0;              ///< 0: no clipping (the recipe's value)
     double adam_beta1 = 0.9, adam_beta2 = 0.999, adam_epsilon = 1e-8, weight_decay = 0;
-    std::int64_t zero = 1;                 ///< 0 | 1 (2 and 3 are refused: not built)
+    std::int64_t zero = 1;                 ///< 0 | 1 | 2 | 3
+    std::string zero3_group = "world";     ///< world | node: ranks that the parameters are cut over at stage 3
+    std::int64_t prefetch = 1;             ///< layers gathered ahead at stage 3
+    std::int64_t bucket_bytes = std::int64_t{256} << 20; ///< of gradient that is reduced at once
+    std::string accumulate_dtype = "fp32"; ///< fp32 | bf16: gradients as they are kept and sent
+    std::int64_t node_ranks = 0;           ///< ranks that share memory at most; 0: all of a host
+    std::vector<std::string> freeze;       ///< patterns of tensors that are not trained
     std::string save_dtype = "bf16";       ///< bf16 | fp32
     std::int64_t checkpoint_every = 0;     ///< optimizer steps; 0: only when stopped
     std::int64_t keep = 2;

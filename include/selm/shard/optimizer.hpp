@@ -5,7 +5,9 @@
 #include <vector>
 
 #include "selm/comm/communicator.hpp"
+#include "selm/shard/comm_times.hpp"
 #include "selm/shard/flat_layout.hpp"
+#include "selm/shard/gradient.hpp"
 #include "selm/shard/shared_weights.hpp"
 
 namespace selm {
@@ -13,71 +15,63 @@ namespace selm {
 /**
  * @brief AdamW (Loshchilov & Hutter 2019) with its state cut over the ranks (ZeRO, Rajbhandari et al. 2020).
  *
- * Stage 1: fp32 master weights and both moments of this rank's shard of the flat space; stage 0: of the whole space on
- * every rank. Both reduce gradients over the same shards in the same order, so they give the same bits. The state is
- * only addressed through `state_shard()`: stage 2 adds shards of the gradient to it (its buffer is already one), stage
- * 3 those of the compute weights.
+ * Stage 0: fp32 master weights and both moments of the whole space on every rank; stages 1 to 3: of this rank's piece of
+ * every unit. State is addressed by unit: master(u) are the weights of pieces()[u], and so on.
  *
- * With SharedWeights as the compute weights, a node's ranks write their shards into one copy of them; at stage 1 in fp32
- * that copy is the master weights as well.
- *
- * A step is reduce() (the caller looks at the norm and may refuse the step), then apply().
+ * The weights that passes read ("compute weights") are a SharedWeights, one copy per node, or none: then (stage 3)
+ * whoever needs them gathers the master weights unit by unit. Where the compute weights are not rounded, they are the
+ * master weights.
  */
 class ShardedAdamW {
   public:
     struct Options {
-        int stage = 1; ///< 0 | 1
+        int stage = 1;
         double beta1 = 0.9, beta2 = 0.999, epsilon = 1e-8, weight_decay = 0;
         double max_grad_norm = 0; ///< 0: no clipping; otherwise torch's coefficient min(1, max / (norm + 1e-6))
         bool round_bf16 = false;  ///< compute weights are the master weights rounded to bf16
     };
 
     /// Not collective. Master weights and moments start at zero: fill master() before the first publish().
-    /// @param shared compute weights that are one copy per node, borrowed; null: compute weights are every rank's own.
-    ShardedAdamW(const FlatLayout& layout, Communicator& comm, const Options& options, SharedWeights* shared = nullptr);
+    /// @param compute borrowed; null: there are none (stage 3).
+    ShardedAdamW(const FlatLayout& layout, Communicator& comm, const Options& options, SharedWeights* compute);
 
-    /// The elements that this rank's master(), exp_avg() and exp_avg_sq() hold.
-    ShardInfo state_shard() const { return state_; }
-    std::span<float> master() { return master_; }
-    std::span<float> exp_avg() { return exp_avg_; }
-    std::span<float> exp_avg_sq() { return exp_avg_sq_; }
-    std::span<const float> master() const { return master_; }
-    std::span<const float> exp_avg() const { return exp_avg_; }
-    std::span<const float> exp_avg_sq() const { return exp_avg_sq_; }
+    const FlatLayout& layout() const { return layout_; }
+    const Options& options() const { return options_; }
+    std::span<const ShardInfo> pieces() const { return pieces_; }
+    std::span<float> master(std::size_t unit) { return at(master_, unit); }
+    std::span<float> exp_avg(std::size_t unit) { return at(exp_avg_, unit); } ///< empty for a frozen unit
+    std::span<float> exp_avg_sq(std::size_t unit) { return at(exp_avg_sq_, unit); }
+    std::span<const float> master(std::size_t unit) const { return at(master_, unit); }
+    std::span<const float> exp_avg(std::size_t unit) const { return at(exp_avg_, unit); }
+    std::span<const float> exp_avg_sq(std::size_t unit) const { return at(exp_avg_sq_, unit); }
 
     void reset(); ///< master weights, moments and step count to zero
     std::int64_t steps_done() const { return steps_done_; }
     void set_steps_done(std::int64_t steps) { steps_done_ = steps; }
 
-    /// Sums the ranks' flat gradients [total] (in rank order: deterministic) and keeps this rank's part.
-    /// @return the exact global L2 norm before clipping; not finite when any gradient is not. Collective.
-    double reduce(std::span<const float> gradient);
-    /// AdamW with the gradients of the last reduce(), then publish(). Collective.
-    void apply(double learning_rate, std::span<float> compute);
-    /// compute [total] = master weights of all ranks (rounded when round_bf16). Collective.
-    void publish(std::span<float> compute);
+    /// AdamW with a finished gradient whose global norm is `norm`, then the compute weights of all ranks are up to date.
+    /// Collective where there are compute weights.
+    void apply(double learning_rate, const ShardedGradient& gradient, double norm);
+    /// Compute weights = master weights of all ranks (rounded when round_bf16). Collective where there are compute weights.
+    void publish();
 
-    /// full [total] = master weights of all ranks, not rounded. Collective.
-    void gather_master(std::span<float> full);
-
-    double comm_seconds() const { return comm_seconds_; } ///< spent in collectives so far
-    std::int64_t bytes() const;                           ///< of this rank's buffers
+    CommTimes times() const { return times_; }
+    std::int64_t bytes() const; ///< of this rank's own buffers
 
   private:
-    void gather(std::span<float> compute);
+    static std::span<float> at(const std::vector<std::span<float>>& by_unit, std::size_t unit) { return by_unit[unit]; }
+    std::span<float> compute(std::size_t unit);
+    void spread();
 
     const FlatLayout& layout_;
-    Communicator& comm_;
     Options options_;
-    ShardInfo reduced_; ///< what reduce_scatter gives this rank
-    ShardInfo state_;
-    SharedWeights* shared_;
-    std::vector<float> own_master_; ///< empty where master weights are the shared ones
-    std::span<float> master_;
-    std::vector<float> exp_avg_, exp_avg_sq_, gradient_;
-    double norm_ = 0;
+    std::vector<ShardInfo> pieces_;
+    SharedWeights* compute_;
+    std::vector<float> own_master_; ///< empty where master weights are the compute weights
+    std::vector<float> own_moments_;
+    std::vector<std::span<float>> master_, exp_avg_, exp_avg_sq_;
     std::int64_t steps_done_ = 0;
-    double comm_seconds_ = 0;
+    CommTimes times_;
 };
 
 } // namespace selm

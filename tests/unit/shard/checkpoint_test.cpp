@@ -19,25 +19,22 @@ class Checkpoint : public ::testing::Test {
     /// An optimizer after `steps` steps, and its checkpoint.
     void save_steps(int steps)
     {
-        ShardedAdamW optimizer(layout, *comm, {});
-        test::fill_state(optimizer, test::toy_flat(parameters, layout, 11));
-        for (int step = 1; step <= steps; ++step) {
-            optimizer.reduce(test::toy_flat(parameters, layout, static_cast<std::uint32_t>(20 + step)));
-            optimizer.apply(0.01, compute);
-        }
-        saved.assign(optimizer.master().begin(), optimizer.master().end());
-        store.save({.step = steps, .epoch = 1, .epoch_step = steps - 1}, binding, optimizer);
+        test::ToyTraining toy(*comm, {});
+        toy.fill(test::toy_flat(parameters, layout, 11));
+        for (int step = 1; step <= steps; ++step)
+            toy.step(0.01, test::toy_flat(parameters, layout, static_cast<std::uint32_t>(20 + step)));
+        saved = toy.master();
+        store.save({.step = steps, .epoch = 1, .epoch_step = steps - 1}, binding, toy.optimizer);
     }
 
-    std::optional<CheckpointState> load(ShardedAdamW& optimizer) { return store.load_latest(binding, optimizer); }
+    std::optional<CheckpointState> load(test::ToyTraining& toy) { return store.load_latest(binding, toy.optimizer); }
 
     std::vector<ParameterSpec> parameters = test::toy_parameters();
-    FlatLayout layout{parameters, 1};
+    FlatLayout layout{parameters, 1, {.group_ends = test::toy_groups()}};
     std::unique_ptr<Communicator> comm = make_single_communicator();
     test::TemporaryDirectory directory{"selm_checkpoint_test"};
     CheckpointStore store{directory.path() + "/checkpoints", 2, parameters, layout, *comm};
     CheckpointBinding binding{{"recipe", "abc"}, {"policy", "def"}};
-    std::vector<float> compute = std::vector<float>(layout.total());
     std::vector<float> saved;
 
     std::string file(int step, const char* end) const
@@ -49,26 +46,22 @@ class Checkpoint : public ::testing::Test {
 TEST_F(Checkpoint, RoundTripIsBitEqual)
 {
     save_steps(3);
-    ShardedAdamW optimizer(layout, *comm, {});
-    const auto state = load(optimizer);
+    test::ToyTraining toy(*comm, {});
+    const auto state = load(toy);
     ASSERT_TRUE(state.has_value());
     EXPECT_EQ(state->step, 3);
     EXPECT_EQ(state->epoch, 1);
     EXPECT_EQ(state->epoch_step, 2);
-    EXPECT_EQ(optimizer.steps_done(), 3);
-    EXPECT_EQ(std::vector<float>(optimizer.master().begin(), optimizer.master().end()), saved);
+    EXPECT_EQ(toy.optimizer.steps_done(), 3);
+    EXPECT_EQ(toy.master(), saved);
 
     // The moments too: another step of both gives the same weights.
-    ShardedAdamW uninterrupted(layout, *comm, {});
-    test::fill_state(uninterrupted, test::toy_flat(parameters, layout, 11));
-    for (std::uint32_t step = 1; step <= 4; ++step) {
-        uninterrupted.reduce(test::toy_flat(parameters, layout, 20 + step));
-        uninterrupted.apply(0.01, compute);
-    }
-    std::vector<float> resumed(layout.total());
-    optimizer.reduce(test::toy_flat(parameters, layout, 24));
-    optimizer.apply(0.01, resumed);
-    EXPECT_EQ(resumed, compute);
+    test::ToyTraining uninterrupted(*comm, {});
+    uninterrupted.fill(test::toy_flat(parameters, layout, 11));
+    for (std::uint32_t step = 1; step <= 4; ++step)
+        uninterrupted.step(0.01, test::toy_flat(parameters, layout, 20 + step));
+    toy.step(0.01, test::toy_flat(parameters, layout, 24));
+    EXPECT_EQ(toy.master(), uninterrupted.master());
 }
 
 TEST_F(Checkpoint, HoldsWholeTensorsByHuggingFaceName)
@@ -86,8 +79,8 @@ TEST_F(Checkpoint, HoldsWholeTensorsByHuggingFaceName)
 
 TEST_F(Checkpoint, NoneIsNothing)
 {
-    ShardedAdamW optimizer(layout, *comm, {});
-    EXPECT_FALSE(load(optimizer).has_value());
+    test::ToyTraining toy(*comm, {});
+    EXPECT_FALSE(load(toy).has_value());
     EXPECT_EQ(store.newest(), "");
 }
 
@@ -106,11 +99,11 @@ TEST_F(Checkpoint, ATornFileMeansThePreviousCheckpoint)
     save_steps(1);
     save_steps(2);
     fs::resize_file(file(2, ".h5"), fs::file_size(file(2, ".h5")) / 2);
-    ShardedAdamW optimizer(layout, *comm, {});
-    const auto state = load(optimizer);
+    test::ToyTraining toy(*comm, {});
+    const auto state = load(toy);
     ASSERT_TRUE(state.has_value());
     EXPECT_EQ(state->step, 1);
-    EXPECT_EQ(optimizer.steps_done(), 1);
+    EXPECT_EQ(toy.optimizer.steps_done(), 1);
 }
 
 TEST_F(Checkpoint, AFlippedValueIsFound)
@@ -129,11 +122,11 @@ TEST_F(Checkpoint, AFlippedValueIsFound)
     ASSERT_NE(place, std::string::npos);
     bytes[place + 5] = static_cast<char>(bytes[place + 5] ^ 1);
     std::ofstream(file(2, ".h5"), std::ios::binary).write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
-    ShardedAdamW optimizer(layout, *comm, {});
-    const auto state = load(optimizer);
+    test::ToyTraining toy(*comm, {});
+    const auto state = load(toy);
     ASSERT_TRUE(state.has_value());
     EXPECT_EQ(state->step, 1);
-    EXPECT_EQ(std::vector<float>(optimizer.master().begin(), optimizer.master().end()), first);
+    EXPECT_EQ(toy.master(), first);
 }
 
 TEST_F(Checkpoint, WithoutManifestItDoesNotExist)
@@ -141,8 +134,8 @@ TEST_F(Checkpoint, WithoutManifestItDoesNotExist)
     save_steps(1);
     save_steps(2);
     fs::remove(file(2, ".json"));
-    ShardedAdamW optimizer(layout, *comm, {});
-    ASSERT_EQ(load(optimizer)->step, 1);
+    test::ToyTraining toy(*comm, {});
+    ASSERT_EQ(load(toy)->step, 1);
 }
 
 TEST_F(Checkpoint, ADamagedManifestMeansThePreviousCheckpoint)
@@ -150,18 +143,18 @@ TEST_F(Checkpoint, ADamagedManifestMeansThePreviousCheckpoint)
     save_steps(1);
     save_steps(2);
     fs::resize_file(file(2, ".json"), 40);
-    ShardedAdamW optimizer(layout, *comm, {});
-    ASSERT_EQ(load(optimizer)->step, 1);
+    test::ToyTraining toy(*comm, {});
+    ASSERT_EQ(load(toy)->step, 1);
 }
 
 TEST_F(Checkpoint, WhenAllAreDamagedTheStateIsZero)
 {
     save_steps(1);
     fs::resize_file(file(1, ".h5"), 100);
-    ShardedAdamW optimizer(layout, *comm, {});
-    EXPECT_FALSE(load(optimizer).has_value());
-    EXPECT_EQ(optimizer.steps_done(), 0);
-    for (const float value : optimizer.exp_avg())
+    test::ToyTraining toy(*comm, {});
+    EXPECT_FALSE(load(toy).has_value());
+    EXPECT_EQ(toy.optimizer.steps_done(), 0);
+    for (const float value : toy.gathered(&ShardedAdamW::exp_avg))
         EXPECT_EQ(value, 0);
 }
 
@@ -169,9 +162,9 @@ TEST_F(Checkpoint, AnotherRunsCheckpointIsRefusedNamingTheDifference)
 {
     save_steps(1);
     binding[1].second = "other";
-    ShardedAdamW optimizer(layout, *comm, {});
+    test::ToyTraining toy(*comm, {});
     try {
-        load(optimizer);
+        load(toy);
         FAIL() << "no error";
     } catch (const Error& error) {
         EXPECT_EQ(error.code(), ExitCode::bad_data);
@@ -189,7 +182,8 @@ TEST_F(Checkpoint, AnotherShapeIsNotLoaded)
     other[0].parts[0].shape[0] = 36;
     const FlatLayout other_layout(other, 1);
     CheckpointStore other_store(directory.path() + "/checkpoints", 2, other, other_layout, *comm);
-    ShardedAdamW optimizer(other_layout, *comm, {});
+    SharedWeights weights(other_layout, *comm, *comm);
+    ShardedAdamW optimizer(other_layout, *comm, {}, &weights);
     EXPECT_FALSE(other_store.load_latest(binding, optimizer).has_value());
 }
 

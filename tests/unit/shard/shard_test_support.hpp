@@ -1,6 +1,8 @@
 #pragma once
 
+#include <algorithm>
 #include <filesystem>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -46,13 +48,98 @@ inline std::vector<float> toy_flat(const std::vector<ParameterSpec>& parameters,
     return flat;
 }
 
-/// Copies a flat buffer's part that belongs to this rank's state into the optimizer.
-inline void fill_state(ShardedAdamW& optimizer, const std::vector<float>& master)
+/// Groups of toy_parameters(): the embedding, each layer, the final norm.
+inline std::vector<std::int64_t> toy_groups()
 {
-    const ShardInfo own = optimizer.state_shard();
-    for (std::size_t i = 0; i < own.size; ++i)
-        optimizer.master()[i] = master[own.offset + i];
+    return {1, 7, 13, 14};
 }
+
+/// A training without a model: gradients are given.
+class ToyTraining {
+  public:
+    struct Options {
+        ShardedAdamW::Options optimizer;
+        FlatLayoutOptions layout{.group_ends = toy_groups()};
+        DType accumulate = DType::f32;
+    };
+    /// @param node ranks that share the weights; null: every rank has its own. At stage 3 without compute weights.
+    ToyTraining(Communicator& comm, const Options& options, Communicator* node = nullptr)
+        : parameters(toy_parameters()), layout(parameters, comm.size(), options.layout), comm_(comm),
+          alone_(make_single_communicator()),
+          shared(options.optimizer.stage == 3
+                     ? nullptr
+                     : std::make_unique<SharedWeights>(layout, comm, node != nullptr ? *node : *alone_)),
+          gradient(parameters, layout, comm,
+                   {.stage = options.optimizer.stage, .accumulate = options.accumulate}),
+          optimizer(layout, comm, options.optimizer, shared.get())
+    {
+    }
+
+    /// Copies what belongs to this rank's state from a flat buffer of master weights, and publishes them.
+    void fill(const std::vector<float>& master)
+    {
+        for (std::size_t u = 0; u < layout.units(); ++u)
+            std::copy_n(master.begin() + static_cast<std::ptrdiff_t>(optimizer.pieces()[u].offset),
+                        optimizer.pieces()[u].size, optimizer.master(u).begin());
+        optimizer.publish();
+    }
+
+    /// The sums of this rank's flat gradient over all ranks, each split evenly over `passes` passes. @return the norm.
+    double reduce(const std::vector<float>& flat, int passes = 1)
+    {
+        gradient.begin_step();
+        for (int pass = 0; pass < passes; ++pass) {
+            gradient.begin_pass(pass + 1 == passes);
+            for (std::size_t p = parameters.size(); p-- > 0;) {
+                const Tensor to = gradient.gradient(static_cast<std::int64_t>(p));
+                for (std::size_t i = 0; !to.empty() && i < static_cast<std::size_t>(parameters[p].elements()); ++i)
+                    to.f32()[i] += flat[layout.offset(p) + i] / static_cast<float>(passes);
+                gradient.ready(static_cast<std::int64_t>(p));
+            }
+            gradient.end_pass();
+        }
+        return norm_ = gradient.finish();
+    }
+    double step(double rate, const std::vector<float>& flat, int passes = 1)
+    {
+        reduce(flat, passes);
+        optimizer.apply(rate, gradient, norm_);
+        return norm_;
+    }
+
+    /// One kind of state of all ranks, flat; zeros where there is none. Collective.
+    std::vector<float> gathered(std::span<float> (ShardedAdamW::*state)(std::size_t))
+    {
+        std::vector<float> full(layout.total(), 0.0F);
+        for (std::size_t u = 0; u < layout.units(); ++u) {
+            const ShardInfo own = layout.shard(u, comm_.rank());
+            const auto values = (optimizer.*state)(u);
+            if (values.empty() && layout.unit(u).frozen)
+                continue;
+            comm_.all_gather_shards(values.subspan(own.offset - optimizer.pieces()[u].offset, own.size),
+                                    layout.shard_offsets(u),
+                                    std::span(full).subspan(layout.unit(u).flat.offset, layout.unit(u).flat.size), "state");
+        }
+        return full;
+    }
+    std::vector<float> master() { return gathered(&ShardedAdamW::master); }
+    std::vector<float> compute() const { return {shared->values().begin(), shared->values().end()}; }
+
+    const std::vector<ParameterSpec> parameters;
+    const FlatLayout layout;
+
+  private:
+    Communicator& comm_;
+    std::unique_ptr<Communicator> alone_;
+
+  public:
+    std::unique_ptr<SharedWeights> shared;
+    ShardedGradient gradient;
+    ShardedAdamW optimizer;
+
+  private:
+    double norm_ = 0;
+};
 
 /// A directory that goes away with the object.
 class TemporaryDirectory {
