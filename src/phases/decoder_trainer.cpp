@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <filesystem>
+#include <numeric>
 #include <utility>
 
 #include "selm/base/error.hpp"
@@ -32,7 +33,8 @@ void copy_trained_model_files(const std::string& from, const std::string& to, DT
 }
 
 DecoderTrainer::DecoderTrainer(const TrainOptions& options, bool reward)
-    : directory_(options.policy),
+    : directory_(options.policy), recompute_(options.recompute), activation_bytes_(options.activation_bytes),
+      tokens_per_microbatch_(options.tokens_per_microbatch),
       config_(reward ? reward_config(options.policy) : DecoderConfig::from_directory(options.policy)),
       dtype_(parse_dtype(options.common.dtype)), reader_(options.policy),
       engine_(make_engine({.engine = options.common.engine,
@@ -94,6 +96,47 @@ void DecoderTrainer::refresh(TrainingWeights& weights)
         WeightStore& store = sharded_ ? static_cast<WeightStore&>(*sharded_) : *resident_;
         decoder_ = std::make_unique<Decoder>(config_, *engine_, store);
     }
+}
+
+std::int64_t DecoderTrainer::recomputed_layers(std::int64_t tokens, std::int64_t scored) const
+{
+    if (recompute_ == "auto")
+        return plan_recompute(config_, engine_->activation_dtype(), tokens, scored, activation_bytes_).layers;
+    return recompute_ == "layers" ? config_.layers : 0;
+}
+
+void DecoderTrainer::plan_pass(const PackedBatch& batch)
+{
+    if (batch.tokens.empty())
+        return; // nothing is kept; whatever the last pass kept stays for the next one
+    const std::int64_t layers = recomputed_layers(static_cast<std::int64_t>(batch.tokens.size()),
+                                                  static_cast<std::int64_t>(batch.selected.size()));
+    if (layers != recomputed_)
+        decoder_->set_recompute(recomputed_ = layers);
+}
+
+void DecoderTrainer::check_activations(std::span<const std::int64_t> costs,
+                                       const std::function<std::string(std::int64_t)>& row_name) const
+{
+    if (activation_bytes_ == 0 || costs.empty())
+        return;
+    const auto needed = [&](std::int64_t tokens) { // at most all of them are scored
+        return decoder_activation_bytes(config_, engine_->activation_dtype(), tokens, tokens, true,
+                                        recomputed_layers(tokens, tokens));
+    };
+    const char* const less_kept = recompute_ == "none" ? ", use --recompute auto" : "";
+    const auto longest = std::max_element(costs.begin(), costs.end());
+    SELM_VALIDATE(needed(*longest) <= activation_bytes_, ExitCode::configuration,
+                  "row " << row_name(longest - costs.begin()) << " has " << *longest << " tokens, which need "
+                         << needed(*longest) << " bytes of activations; --activation-bytes is " << activation_bytes_
+                         << " (training would stop at this row). Raise it" << less_kept
+                         << ", or cut the rows with --max-length");
+    const std::int64_t all = std::accumulate(costs.begin(), costs.end(), std::int64_t{0});
+    const std::int64_t full = std::min(tokens_per_microbatch_, all);
+    SELM_VALIDATE(needed(full) <= activation_bytes_, ExitCode::configuration,
+                  "a microbatch of " << full << " tokens needs " << needed(full)
+                                     << " bytes of activations; --activation-bytes is " << activation_bytes_
+                                     << ". Raise it" << less_kept << ", or lower --tokens-per-microbatch");
 }
 
 std::span<const float> DecoderTrainer::score_head() const

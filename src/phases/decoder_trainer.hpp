@@ -1,5 +1,6 @@
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <string>
 
@@ -33,12 +34,23 @@ class DecoderTrainer {
     void initialise(TrainingWeights& weights) const;
     /// Collective. @throws Error io: no room for packed weights.
     void refresh(TrainingWeights& weights);
+    /// Before a kept pass of this batch: how many layers it recomputes.
+    void plan_pass(const PackedBatch& batch);
+    /// @throws Error configuration naming the row, when a pass of it alone, or one of a full microbatch, exceeds
+    /// --activation-bytes. @param costs tokens of every row.
+    void check_activations(std::span<const std::int64_t> costs,
+                           const std::function<std::string(std::int64_t)>& row_name) const;
     void write_model(const std::string& directory, const FlatLayout& layout, std::span<const float> master,
                      DType dtype) const;
 
   private:
     void make_resident(TrainingWeights& weights);
+    std::int64_t recomputed_layers(std::int64_t tokens, std::int64_t scored) const;
+
     std::string directory_;
+    std::string recompute_;
+    std::int64_t activation_bytes_ = 0, tokens_per_microbatch_ = 0;
+    std::int64_t recomputed_ = 0; ///< as the decoder was last told
     DecoderConfig config_;
     DType dtype_;
     SafetensorsReader reader_;

@@ -128,6 +128,11 @@ PhaseMemory train_memory(const TrainOptions& options, std::int64_t max_new_token
                                                         {.prefetch = options.prefetch}));
     else
         weights.emplace_back("packed weights", float_bytes * ResidentWeights::panel_elements(policy, engine, true));
+    const std::int64_t recomputed =
+        options.recompute == "layers" ? policy.layers
+        : options.recompute == "auto"
+            ? plan_recompute(policy, engine.activation_dtype(), tokens, tokens, options.activation_bytes).layers
+            : 0;
     const ShardedGradient::Options gradient{.stage = static_cast<int>(options.zero),
                                             .accumulate = parse_dtype(options.accumulate_dtype),
                                             .most_in_flight =
@@ -135,7 +140,8 @@ PhaseMemory train_memory(const TrainOptions& options, std::int64_t max_new_token
     for (const auto& part :
          {std::pair{"gradients", ShardedGradient::planned_peak_bytes(layout, 0, gradient)},
           {"optimizer state", (own_master ? 3 : 2) * float_bytes * shard},
-          {"activations", decoder_activation_bytes(policy, engine.activation_dtype(), tokens, tokens, true)}})
+          {"activations",
+           decoder_activation_bytes(policy, engine.activation_dtype(), tokens, tokens, true, recomputed)}})
         memory.per_rank.emplace_back(part);
     return memory;
 }

@@ -92,6 +92,10 @@ class RewardModelObjective final : public TrainingObjective {
     CheckpointBinding binding() const override { return rows_.binding(); }
     std::vector<std::int64_t> parameter_groups() const override { return decoder_parameter_groups(model_->config()); }
     bool can_shard_parameters() const override { return true; }
+    void check_memory() const override
+    {
+        model_->check_activations(rows_.costs, [&](std::int64_t row) { return row_name(row); });
+    }
     std::int64_t weight_bytes() const override { return model_->weight_bytes(); }
     CommTimes comm_times() const override { return model_->comm_times(); }
     void initialise(TrainingWeights& weights) const override { model_->initialise(weights); }
@@ -114,6 +118,7 @@ class RewardModelObjective final : public TrainingObjective {
             batch.add_last_token(packed.back().trunk, packed.back().branches);
         }
         Engine& engine = model_->engine();
+        model_->plan_pass(batch);
         const auto pass = model_->decoder().forward(batch, true);
         const std::int64_t hidden = model_->config().hidden;
         std::vector<float> h(static_cast<std::size_t>(batch.branches * hidden));

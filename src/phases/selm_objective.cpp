@@ -101,6 +101,10 @@ class SelmObjective final : public TrainingObjective {
     }
     std::vector<std::int64_t> parameter_groups() const override { return decoder_parameter_groups(model_->config()); }
     bool can_shard_parameters() const override { return true; }
+    void check_memory() const override
+    {
+        model_->check_activations(rows_.costs, [&](std::int64_t row) { return row_name(row); });
+    }
     std::int64_t weight_bytes() const override { return model_->weight_bytes(); }
     CommTimes comm_times() const override { return model_->comm_times(); }
     void initialise(TrainingWeights& weights) const override { model_->initialise(weights); }
@@ -122,6 +126,7 @@ class SelmObjective final : public TrainingObjective {
             packed.push_back(encoder_.encode(*rows_.reader, row, pair(row)));
             batch.add_scored(packed.back().trunk, packed.back().branches);
         }
+        model_->plan_pass(batch);
         const auto pass = model_->decoder().forward_scored(batch);
         std::vector<double> branch_sums(static_cast<std::size_t>(batch.branches), 0.0);
         for (std::size_t i = 0; i < batch.owner.size();

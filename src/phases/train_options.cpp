@@ -70,6 +70,13 @@ void TrainOptions::describe(OptionVisitor& visitor)
                    "gradient that is reduced at once, at most (a larger parameter is one piece)", operational);
     visitor.option("train", "accumulate-dtype", accumulate_dtype,
                    "fp32|bf16: gradients as they are kept between passes and sent (sums are fp32)", recipe);
+    visitor.option("train", "recompute", recompute,
+                   "none|layers|auto: layers whose activations backward computes again (auto: as few as fit "
+                   "--activation-bytes)",
+                   operational);
+    visitor.option("train", "activation-bytes", activation_bytes,
+                   "activations of a rank's pass, at most; rows that cannot fit are refused at start (0: no limit)",
+                   operational);
     visitor.option("train", "node-ranks", node_ranks,
                    "ranks that share memory at most, say those of a NUMA domain (0: all of a host)", operational);
     visitor.option("train", "freeze", freeze,
@@ -129,6 +136,18 @@ void TrainOptions::validate() const
     at_least("prefetch", prefetch, 0);
     at_least("bucket-bytes", bucket_bytes, 4096);
     at_least("node-ranks", node_ranks, 0);
+    at_least("activation-bytes", activation_bytes, 0);
+    SELM_VALIDATE(recompute == "none" || recompute == "layers" || recompute == "auto", ExitCode::usage,
+                  "--recompute " << recompute << " is not known. Use one of none|layers|auto");
+    SELM_VALIDATE(recompute != "auto" || activation_bytes > 0, ExitCode::usage,
+                  "--recompute auto has nothing to fit (it recomputes as little as a budget allows). Pass "
+                  "--activation-bytes, or use --recompute layers");
+    SELM_VALIDATE((recompute == "none" && activation_bytes == 0) || objective == "selm" ||
+                      (objective == "bradley-terry" && trainable == "all"),
+                  ExitCode::configuration,
+                  "--recompute and --activation-bytes are for decoders ("
+                      << (objective == "pairrm" ? "pair rankers keep" : "a head alone keeps")
+                      << " all activations). Leave them out");
     SELM_VALIDATE(accumulate_dtype == "fp32" || accumulate_dtype == "bf16", ExitCode::usage,
                   "--accumulate-dtype " << accumulate_dtype << " is not known. Use one of fp32|bf16");
     SELM_VALIDATE(accumulate_dtype == "fp32" || zero > 0, ExitCode::usage,

@@ -64,6 +64,8 @@ class TrainingObjective {
     /// What a checkpoint is bound to besides the options.
     virtual CheckpointBinding binding() const = 0;
 
+    /// Do all rows fit? @throws Error configuration naming one that does not.
+    virtual void check_memory() const {}
     /// Long work before the first step. Collective. false: a stop was requested; what is done is saved.
     virtual bool prepare(Communicator&) { return true; }
     /// Tidies up once the model is published. Collective.

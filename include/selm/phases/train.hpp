@@ -38,6 +38,8 @@ struct TrainOptions {
     std::int64_t prefetch = 1;             ///< layers gathered ahead at stage 3
     std::int64_t bucket_bytes = std::int64_t{256} << 20; ///< of gradient that is reduced at once
     std::string accumulate_dtype = "fp32"; ///< fp32 | bf16: gradients as they are kept and sent
+    std::string recompute = "none";        ///< none | layers | auto: activations that backward computes again
+    std::int64_t activation_bytes = 0;     ///< budget of a rank's pass; 0: none
     std::int64_t node_ranks = 0;           ///< ranks that share memory at most; 0: all of a host
     std::vector<std::string> freeze;       ///< patterns of tensors that are not trained
     std::string save_dtype = "bf16";       ///< bf16 | fp32

@@ -302,6 +302,40 @@ TEST_F(Train, ParametersCutInsideNodesGiveTheSameBits)
     }
 }
 
+TEST_F(Train, RecomputedActivationsGiveTheSameBits)
+{
+    train_options_.tokens_per_microbatch = 60;
+    for (const std::int64_t zero : {1, 3}) {
+        TrainOptions options = to(cat("kept", zero));
+        options.zero = zero;
+        together(options);
+        options.output = path(cat("layers", zero));
+        options.recompute = "layers";
+        together(options);
+        EXPECT_EQ(weights(cat("kept", zero)), weights(cat("layers", zero)));
+        // A budget between what keeping all and what keeping nothing takes: the two runs' peaks tell them.
+        const auto peak = [&](const std::string& name) { return metrics(name).back()["peak_bytes"].get<std::int64_t>(); };
+        EXPECT_LT(peak(cat("layers", zero)), peak(cat("kept", zero)));
+    }
+}
+
+TEST_F(Train, ARowThatCannotFitIsNamedBeforeTraining)
+{
+    train_options_.recompute = "auto";
+    expect_error(ExitCode::usage, {"--recompute auto", "--activation-bytes"}, [&] { together(train_options_); });
+    train_options_.activation_bytes = 1000;
+    expect_error(ExitCode::configuration, {"row ", "prompt_id \"id", "tokens", "--activation-bytes is 1000"},
+                 [&] { together(train_options_); });
+    train_options_.recompute = "none";
+    expect_error(ExitCode::configuration, {"use --recompute auto"}, [&] { together(train_options_); });
+    EXPECT_FALSE(fs::exists(path("policy/metrics.jsonl")));
+    train_options_.activation_bytes = 100 << 20;
+    train_options_.recompute = "auto";
+    EXPECT_EQ(together(train_options_).outcome, Outcome::done);
+    together(to("plain"));
+    EXPECT_EQ(weights("policy"), weights("plain"));
+}
+
 TEST_F(Train, GradientsInBf16StayClose)
 {
     TrainOptions options = to("fp32");
