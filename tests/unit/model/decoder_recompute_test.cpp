@@ -149,7 +149,8 @@ TEST(ActivationBytes, AreWhatAPassTakes)
             const auto scored = static_cast<std::int64_t>(shape.batch.selected.size());
             for (std::int64_t layers = -1; layers <= shape.layers; ++layers) { // -1: a pass that keeps nothing
                 const std::int64_t recomputed = std::max<std::int64_t>(layers, 0);
-                const std::int64_t bytes = decoder_activation_bytes(config_of(shape), DType::f32, tokens, scored, layers >= 0, recomputed);
+                const std::int64_t bytes =
+                    decoder_activation_bytes(config_of(shape), DType::f32, tokens, scored, layers >= 0, recomputed);
                 const std::int64_t taken = bytes_of_a_pass(shape, engine, recomputed, layers >= 0);
                 EXPECT_LE(taken, bytes) << engine << ", hidden " << shape.hidden << ", recomputed " << layers;
                 EXPECT_GE(static_cast<double>(taken), 0.95 * static_cast<double>(bytes))

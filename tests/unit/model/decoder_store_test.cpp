@@ -227,7 +227,8 @@ TEST(Decoder, FrozenParametersLeaveTheOthersBits)
                 for (std::int64_t p = 0; p < parameters; ++p) {
                     const auto i = static_cast<std::size_t>(p);
                     const std::vector<float> none(all.values[i].size());
-                    EXPECT_EQ(sink.values[i], sink.frozen.contains(p) ? none : all.values[i]) << engine << " " << p << " " << frozen;
+                    EXPECT_EQ(sink.values[i], sink.frozen.contains(p) ? none : all.values[i])
+                        << engine << " " << p << " " << frozen;
                     EXPECT_NE(all.values[i], none);
                 }
             }
