@@ -47,7 +47,7 @@ std::byte* at(void* data, std::size_t element_index, DeviceElement element)
     return static_cast<std::byte*>(data) + element_index * bytes_of(element);
 }
 
-/// Sleeps a little, and a little longer each time; true once the time-out is over. restart() on progress.
+/// Sleeps a little, and a little longer each time; true once the time-out (0: none) is over. restart() on progress.
 class Patience {
   public:
     explicit Patience(double timeout_s) : timeout_s_(timeout_s) {}
@@ -56,7 +56,7 @@ class Patience {
     {
         std::this_thread::sleep_for(pause_);
         pause_ = std::min<std::chrono::microseconds>(pause_ * 2, std::chrono::milliseconds(1));
-        return std::chrono::duration<double>(Clock::now() - start_).count() > timeout_s_;
+        return timeout_s_ > 0 && std::chrono::duration<double>(Clock::now() - start_).count() > timeout_s_;
     }
 
   private:
@@ -105,7 +105,8 @@ void DeviceCommunicator::choose_device(Communicator& ranks)
     const auto node = ranks.split_node("device map");
     DevicePlace place;
     agree(ranks, "device map", [&] {
-        SELM_VALIDATE(options_.timeout_s > 0, ExitCode::usage, "the time-out is " << options_.timeout_s << " s. Pass a positive one");
+        SELM_VALIDATE(options_.timeout_s >= 0, ExitCode::usage,
+                      "the time-out of collectives is " << options_.timeout_s << " s. Pass 0 (wait for ever) or more");
         SELM_EXPECT(options_.scratch_bytes >= 4 * static_cast<std::size_t>(size_) && options_.scratch_bytes % 4 == 0);
         with_context(cat("rank ", rank_, " on ", host_name()), [&] {
             device_ = node->rank() % backend_->visible_devices();

@@ -51,7 +51,7 @@ using DeviceOrderedSum = std::function<void(const void* parts, DeviceElement ele
 class DeviceCommunicator {
   public:
     struct Options {
-        double timeout_s = 1800;                         ///< without progress, in wait() and while connecting
+        double timeout_s = 1800;                         ///< without progress, in wait() and while connecting; 0: for ever
         std::size_t scratch_bytes = std::size_t{64} << 20; ///< device memory for reduce_scatter_sum; the same on all ranks
         /// Operations of the two purposes may run at the same time. Needs NCCL 2.26 with NCCL_LAUNCH_ORDER_IMPLICIT=1 in the
         /// environment: without it two communicators on one GPU can deadlock. Off: each waits for the other on the device.

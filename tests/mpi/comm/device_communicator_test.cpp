@@ -481,6 +481,15 @@ TEST(DeviceCommunicatorTest, AMissingRankEndsInATimeOutWhileConnecting)
     EXPECT_GE(script.count("abort"), 2);
 }
 
+TEST(DeviceCommunicatorTest, ATimeOutOfZeroIsNone)
+{
+    Script script;
+    script.polls_in_progress = 10;
+    const auto device = make(script, options(1 << 16, 0));
+    EXPECT_NO_THROW(device->barrier(DevicePurpose::gradients, "slow"));
+    EXPECT_EQ(error_of([&] { make(script, options(1 << 16, -1)); }).code(), ExitCode::usage);
+}
+
 TEST(DeviceCommunicatorTest, LocalRanksTakeDevicesInTurn)
 {
     Script script;
