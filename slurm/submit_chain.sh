@@ -109,7 +109,8 @@ submit() { # submit PHASE ITERATION
         previous="<$phase-$t>"
         return
     fi
-    id=$("${command[@]}") ||
+    # For a job that has to submit itself again (slurm/lib/job.sh): SLURM does not tell a job all of its options.
+    id=$(SELM_SBATCH_OPTIONS="${words[*]} ${options[*]}" "${command[@]}") ||
         die 74 "sbatch refused $phase of iteration $t; submitted so far: ${ids[*]:-none}. scancel them, correct, and --resume"
     id=${id%%;*} # a federation appends the cluster's name
     echo "$id  $phase of iteration $t"

@@ -11,6 +11,7 @@ selm_rc=0                    # exit code of the last step
 selm_signalled=0             # a stop signal came during this job
 selm_woken=0                 # a signal interrupted the present wait
 selm_pid=                    # launcher of the present step
+selm_next_attempt=           # exists once another copy of this job, or another job, has taken over the run directory
 selm_step_nodes=             # nodes of the next steps; empty: all of the job
 SELM_SRUN_OPTIONS=()         # a profile may add to these
 SELM_MPIRUN_OPTIONS=()
@@ -106,6 +107,23 @@ selm_provenance() {
     } >>"$run/slurm/provenance.txt" 2>&1
 }
 
+# selm_claim: takes the run directory for this start of the job, and passes that on to the programs (docs/FORMATS.md, "Attempts").
+selm_claim() {
+    local number=1 file
+    mkdir -p "$run/attempts"
+    while :; do
+        printf -v file '%s/attempts/%06d' "$run" "$number"
+        # noclobber creates a file only where there is none, also when two do it at once
+        if (set -o noclobber; echo "host $(hostname) job $SLURM_JOB_ID restart ${SLURM_RESTART_COUNT:-0}" \
+            "at $(date -u +%Y-%m-%dT%H:%M:%SZ)" >"$file") 2>/dev/null; then break; fi
+        [ -e "$file" ] || die 74 "$file cannot be written (full disk, or no permission)"
+        number=$((number + 1))
+    done
+    printf -v selm_next_attempt '%s/attempts/%06d' "$run" $((number + 1))
+    export SELM_ATTEMPT=$file
+    say "attempt $number at $run"
+}
+
 # --- steps and signals ---------------------------------------------------------------------------------------------
 
 # Ranks save on USR1 and leave with 75. mpirun ends its ranks on TERM at once, so TERM goes on as USR1.
@@ -155,12 +173,16 @@ selm_step() {
 # --- the end -------------------------------------------------------------------------------------------------------
 
 # Files and sizes of the run: journals, checkpoints and results grow with the work, so an equal list is no progress.
-selm_fingerprint() { find "$run" -path "$run/slurm" -prune -o -type f -printf '%P %s\n' | sort | cksum | tr -d ' '; }
+selm_fingerprint() {
+    find "$run" \( -path "$run/slurm" -o -path "$run/attempts" -o -name '*.partial-*' \) -prune -o -type f -printf '%P %s\n' |
+        sort | cksum | tr -d ' '
+}
 
 selm_restarts_file() { echo "$run/slurm/restarts-${SLURM_ARRAY_TASK_ID:-}$SLURM_JOB_NAME"; }
 
 selm_remember_start() {
-    if [ "${SLURM_RESTART_COUNT:-0}" = 0 ] || [ ! -e "$(selm_restarts_file)" ]; then
+    if [ ! -e "$(selm_restarts_file)" ] ||
+        { [ "${SLURM_RESTART_COUNT:-0}" = 0 ] && [ ! -e "$run/slurm/resubmitted-$SLURM_JOB_ID" ]; }; then
         echo "0 $(selm_fingerprint)" >"$(selm_restarts_file)"
     fi
 }
@@ -201,16 +223,75 @@ selm_requeue() { # selm_requeue REASON
             "Look at the messages above; a longer --time or an earlier --signal may help"
         exit 75
     fi
-    say "$1; requeued (restart $((${SLURM_RESTART_COUNT:-0} + 1)))"
     trap '' TERM USR1
-    scontrol requeue "$SLURM_JOB_ID" || say "SLURM refuses to requeue. Submit again with --run $run to go on"
+    if [ "${SELM_REQUEUE:-yes}" = yes ]; then
+        say "$1; requeued (restart $((${SLURM_RESTART_COUNT:-0} + 1)))"
+        if scontrol requeue "$SLURM_JOB_ID"; then exit 75; fi
+        say "SLURM refuses to requeue"
+    else
+        say "$1"
+    fi
+    selm_resubmit || say "not submitted again. Submit with --run $run to go on"
     exit 75
+}
+
+# selm_job_value NAME: of scontrol show job; nothing for what is not set.
+selm_job_value() { scontrol -o show job "$SLURM_JOB_ID" | tr ' ' '\n' | sed -n "s/^$1=//p" | sed '/^(null)$/d' | head -n 1; }
+
+# selm_resubmit: where a job may not be requeued, a new one of the same script, size and arguments takes its place, and jobs that wait for
+# this one wait for that.
+selm_resubmit() {
+    local script=$run/slurm/script-$SLURM_JOB_ID output value id options words
+    if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
+        say "elements of an array are not submitted again"
+        return 1
+    fi
+    scontrol write batch_script "$SLURM_JOB_ID" "$script" >/dev/null || return 1
+    options=("--job-name=$SLURM_JOB_NAME" "--nodes=$SLURM_JOB_NUM_NODES" "--ntasks=$SLURM_NTASKS"
+        "--time=$(selm_job_value TimeLimit)" "--partition=$SLURM_JOB_PARTITION")
+    output=$(selm_job_value StdOut)
+    [ -z "$output" ] || options+=("--output=${output//$SLURM_JOB_ID/%j}")
+    for value in "ntasks-per-node=${SLURM_NTASKS_PER_NODE:-}" "cpus-per-task=${SLURM_CPUS_PER_TASK:-}" \
+        "gpus-per-node=${SLURM_GPUS_PER_NODE:-}" "gpus-per-task=${SLURM_GPUS_PER_TASK:-}" "account=$(selm_job_value Account)" \
+        "qos=$(selm_job_value QOS)" "constraint=$(selm_job_value Features)" "reservation=$(selm_job_value Reservation)"; do
+        [ -z "${value#*=}" ] || options+=("--$value")
+    done
+    read -r -a words <<<"${SELM_SBATCH_OPTIONS:-}" # what SLURM does not tell, for example --signal
+    words+=("$script" --config "$config" --run "$run")
+    [ -z "$iteration" ] || words+=(--iteration "$iteration")
+    id=$(
+        # What describes this job must not describe the next one.
+        for value in "${!SLURM_@}" SELM_ATTEMPT; do [ "$value" = SLURM_CONF ] || unset "$value"; done
+        sbatch --parsable --kill-on-invalid-dep=yes "--dependency=afterany:$SLURM_JOB_ID" "${options[@]}" "${words[@]}" -- "${extra[@]}"
+    ) || return 1
+    id=${id%%;*}
+    echo "$SLURM_JOB_ID" >"$run/slurm/resubmitted-$id" # it is a restart, not a first start
+    if [ -e "$run/slurm/jobs" ]; then sed -i "s/^$SLURM_JOB_ID /$id /" "$run/slurm/jobs"; fi
+    say "job $id goes on in place of this one"
+    selm_rewire "$SLURM_JOB_ID" "$id"
+}
+
+# selm_rewire OLD NEW: jobs that wait for OLD wait for NEW.
+selm_rewire() {
+    local id dependency
+    while read -r id dependency; do
+        dependency=$(sed -E "s/\([a-z]*\)//g; s/:$1(,|:|\?|$)/:$2\1/g" <<<"$dependency") # squeue adds "(unfulfilled)"
+        if scontrol update "JobId=$id" "Dependency=$dependency"; then
+            say "job $id waits for job $2 now"
+        else
+            say "job $id still waits for this job, which fails. Submit it again"
+        fi
+    done < <(squeue -h -t PENDING -o '%i %E' | awk -v old=":$1[^0-9]" -v new="$2" '$1 != new && $2 "," ~ old')
 }
 
 # selm_end: from the exit code of the last step to the end of the job.
 selm_end() {
+    [ "$selm_rc" != 0 ] || return 0
+    if [ -e "$selm_next_attempt" ]; then
+        say "a newer attempt has taken over $run ($(cat "$selm_next_attempt")): this copy ends and asks for nothing"
+        exit 75
+    fi
     case $selm_rc in
-        0) return ;;
         75) selm_requeue "stopped, everything is saved" ;;
         64 | 65 | 78) die "$selm_rc" "exit code $selm_rc; the reason is above. Not run again: it would end the same way" ;;
         205) selm_requeue "mpirun lost a node" ;;
@@ -244,6 +325,7 @@ selm_begin() {
 
 selm_job_iter() {
     selm_begin "$@"
+    selm_claim
     selm_step all selm_iter --config "$config" --run "$run" --progress off "${extra[@]}"
     selm_end
     say "done: $run"
@@ -266,6 +348,7 @@ selm_job_phase() {
     [ "$iteration" = 1 ] || policy=$run/iter$((iteration - 1))/policy
     if [ "$iteration" = 1 ] && [ "$(recipe_value "$config" first-iteration selm)" = dpo ]; then offline=yes; fi
     mkdir -p "$run/iter$iteration" "$run/slurm/done"
+    selm_claim
     if [ "$phase" = gen ] && [ "$data" != "$train" ]; then
         selm_step one selm_import --config "$config" --input "$train" --rows "$(recipe_value "$config" train-rows "")" --output "$data"
         selm_end
@@ -312,6 +395,7 @@ selm_job_scaling() {
     fi
     mkdir -p "$run/slurm"
     selm_remember_start
+    selm_claim
     start=$(date +%s.%N)
     selm_step all selm_iter --config "$config" --run "$run" --progress off "${extra[@]}"
     selm_end

@@ -10,6 +10,7 @@
 
 #include "known_keys.hpp"
 #include "option_table.hpp"
+#include "selm/base/attempt.hpp"
 #include "selm/base/files.hpp"
 #include "selm/base/hash.hpp"
 #include "selm/base/log.hpp"
@@ -140,6 +141,15 @@ bool is_alone(const ProgramSpec& spec, const OptionTable& table)
     return !spec.alone.empty() && table.switched_on(spec.alone);
 }
 
+/// A phase that stopped early does not say why when the reason is another copy of it.
+void tell_of_newer_attempt(Communicator& world)
+{
+    agree(world, "attempt", [&] {
+        const std::string newer = world.is_root() ? newer_attempt() : std::string();
+        SELM_VALIDATE(newer.empty(), ExitCode::stopped, newer << "; this one stops and changes nothing there");
+    });
+}
+
 ExitCode run_body(const ProgramSpec& spec, OptionTable& table, const OptionTable::Request& request, Communicator& world,
                   const std::function<ExitCode(ProgramContext&)>& body)
 {
@@ -149,6 +159,10 @@ ExitCode run_body(const ProgramSpec& spec, OptionTable& table, const OptionTable
             std::cout << table.config_text() << std::flush;
         return ExitCode::done;
     }
+    agree(world, "attempt of the job", [&] {
+        if (const char* const file = std::getenv("SELM_ATTEMPT"); file != nullptr && *file != '\0' && world.is_root())
+            hold_attempt(file);
+    });
     for (const std::string& warning : table.warnings())
         log_root(LogLevel::warning, warning);
     std::optional<KokkosSession> kokkos;
@@ -161,6 +175,8 @@ ExitCode run_body(const ProgramSpec& spec, OptionTable& table, const OptionTable
     agree(world, "output", [] {
         SELM_VALIDATE(std::cout.good(), ExitCode::io, "writing to standard output failed (disk full or closed pipe?)");
     });
+    if (code == ExitCode::stopped)
+        tell_of_newer_attempt(world);
     return code;
 }
 
@@ -214,6 +230,10 @@ int run_with_mpi(int argc, char** argv, const ProgramSpec& spec, OptionTable& ta
             code = run_body(spec, table, request, world, body);
         } catch (const Error& error) {
             failure = error;
+            // An older copy may fail over files that the newer one tidied up.
+            const std::string newer = world.is_root() ? newer_attempt() : std::string();
+            if (!newer.empty() && error.code() != ExitCode::stopped)
+                failure = Error(ExitCode::stopped, cat(newer, "; this one stops and changes nothing there (", error.what(), ")"));
         }
         return leave_together(spec, session, code, failure);
     } catch (const std::bad_alloc&) {

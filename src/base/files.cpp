@@ -11,6 +11,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "selm/base/attempt.hpp"
 #include "selm/base/error.hpp"
 
 namespace selm {
@@ -101,7 +102,7 @@ std::string read_file(const std::string& path)
 
 void write_file_atomically(const std::string& path, std::string_view content)
 {
-    const std::string partial = path + ".partial-" + std::to_string(::getpid());
+    const std::string partial = path + ".partial-" + process_tag();
     try {
         write_new_file(partial, content);
         publish_file(partial, path);
@@ -125,6 +126,7 @@ void sync_path(const std::string& path)
 void publish_file(const std::string& partial, const std::string& final_path)
 {
     sync_path(partial);
+    check_newest_attempt(final_path);
     if (::rename(partial.c_str(), final_path.c_str()) != 0)
         throw io_error(cat("renaming '", partial, "' to '", final_path, "' failed (", std::strerror(errno), ")"));
     sync_path(parent_directory(final_path));

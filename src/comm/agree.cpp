@@ -4,8 +4,7 @@
 #include <new>
 #include <optional>
 
-#include <unistd.h>
-
+#include "selm/base/attempt.hpp"
 #include "selm/base/stop.hpp"
 
 namespace selm {
@@ -59,8 +58,8 @@ std::string root_string(Communicator& comm, std::string_view label, const std::f
 bool stop_requested(Communicator& comm, const std::string& stop_file)
 {
     bool stop = stop_signal_received();
-    if (comm.is_root() && !stop_file.empty())
-        stop = stop || ::access(stop_file.c_str(), F_OK) == 0;
+    if (comm.is_root())
+        stop = stop || told_to_stop(stop_file);
     return all_reduce_value(comm, static_cast<std::int64_t>(stop), ReduceOp::max, "stop request") != 0;
 }
 

@@ -118,7 +118,7 @@ void write_iteration(const std::string& path, const PreferencesReader& prefs, co
         for (std::int64_t i = block_begin(n, comm.size(), comm.rank()); i < block_begin(n, comm.size(), comm.rank() + 1); ++i)
             sources.push_back(prefs.row(rows[static_cast<std::size_t>(i)]));
     });
-    h5::write_and_publish(path, comm, "", [&](h5::File& file) {
+    h5::write_and_publish(path, comm, [&](h5::File& file) {
         write_root_attributes(file, iteration_format, attributes.file);
         file.set_attribute("/", "iteration", attributes.iteration);
         file.set_attribute("/", "portion", attributes.portion);
@@ -132,15 +132,15 @@ void write_iteration(const std::string& path, const PreferencesReader& prefs, co
     });
 }
 
-void update_iteration(const std::string& path, Communicator& comm, const std::string& attempt,
-                      const std::vector<std::string>& replace, const std::function<void(h5::File&)>& write_groups)
+void update_iteration(const std::string& path, Communicator& comm, const std::vector<std::string>& replace,
+                      const std::function<void(h5::File&)>& write_groups)
 {
     std::optional<h5::File> source;
     agree(comm, "opening " + path, [&] {
         source = h5::File::open(path);
         check_format(*source, iteration_format);
     });
-    h5::write_and_publish(path, comm, attempt, [&](h5::File& file) {
+    h5::write_and_publish(path, comm, [&](h5::File& file) {
         file.copy_tree(*source, "/", replace);
         write_groups(file);
     });

@@ -274,8 +274,10 @@ struct Journal::State {
 
     void make_file()
     {
+        // Another copy of this program may have made a file of that name since this one listed them.
+        while ((descriptor = ::open(own_path().c_str(), O_WRONLY | O_CREAT | O_EXCL | O_APPEND | O_CLOEXEC, 0666)) < 0 && errno == EEXIST)
+            ++attempt;
         const std::string path = own_path();
-        descriptor = ::open(path.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_APPEND | O_CLOEXEC, 0666);
         if (descriptor < 0)
             throw io_error(cat(path, " cannot be created (", std::strerror(errno), "). Check the directory and its permissions"));
         write_all(header_bytes(binding));

@@ -175,7 +175,7 @@ void write_preferences(const std::string& path, const std::vector<PreferenceRow>
         next += counts[static_cast<std::size_t>(rank)];
     for (PreferenceRow& row : numbered)
         row.row = next++;
-    h5::write_and_publish(path, comm, "", [&](h5::File& file) {
+    h5::write_and_publish(path, comm, [&](h5::File& file) {
         write_root_attributes(file, preferences_format, attributes);
         write_row_columns(file, numbered);
     });

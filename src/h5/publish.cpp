@@ -1,24 +1,17 @@
 #include "selm/h5/publish.hpp"
 
-#include <chrono>
+#include <filesystem>
 
 #include <unistd.h>
 
+#include "selm/base/attempt.hpp"
 #include "selm/base/files.hpp"
-#include "selm/base/hash.hpp"
 #include "selm/base/log.hpp"
-#include "selm/base/provenance.hpp"
 #include "selm/comm/agree.hpp"
 
 namespace selm::h5 {
 
 namespace {
-
-std::string new_attempt_name()
-{
-    const auto now = std::chrono::system_clock::now().time_since_epoch().count();
-    return hash_hex(cat(host_name(), ' ', ::getpid(), ' ', now)).substr(0, 12);
-}
 
 void remove_partial(Communicator& comm, const std::string& partial)
 {
@@ -26,13 +19,22 @@ void remove_partial(Communicator& comm, const std::string& partial)
         ::unlink(partial.c_str());
 }
 
+/// Those of attempts that were killed, or are cut off and may not publish any more.
+void remove_partials_of_others(const std::string& path)
+{
+    const std::filesystem::path whole(path);
+    const std::filesystem::path parent = whole.parent_path().empty() ? "." : whole.parent_path();
+    std::error_code ignored; // what cannot be removed does no harm
+    for (const auto& entry : std::filesystem::directory_iterator(parent, ignored))
+        if (entry.path().filename().string().starts_with(whole.filename().string() + ".partial-"))
+            std::filesystem::remove(entry.path(), ignored);
+}
+
 } // namespace
 
-void write_and_publish(const std::string& path, Communicator& comm, const std::string& attempt,
-                       const std::function<void(File&)>& write)
+void write_and_publish(const std::string& path, Communicator& comm, const std::function<void(File&)>& write)
 {
-    const std::string tag =
-        root_string(comm, "name of an attempt", [&] { return attempt.empty() ? new_attempt_name() : attempt; });
+    const std::string tag = root_string(comm, "name of a partial file", [] { return process_tag(); });
     const std::string partial = path + ".partial-" + tag;
     try {
         File file = File::create(partial, comm);
@@ -62,8 +64,11 @@ void write_and_publish(const std::string& path, Communicator& comm, const std::s
         try {
             (void)File::open(partial).datasets();
             publish_file(partial, path);
+            remove_partials_of_others(path);
         } catch (const Error& error) {
             ::unlink(partial.c_str());
+            if (error.code() == ExitCode::stopped)
+                throw;
             throw io_error(cat(path, " could not be completed: ", error.what()));
         }
     });

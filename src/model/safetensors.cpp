@@ -17,6 +17,7 @@
 
 #include <nlohmann/json.hpp>
 
+#include "selm/base/attempt.hpp"
 #include "selm/base/error.hpp"
 #include "selm/base/files.hpp"
 #include "selm/base/hash.hpp"
@@ -389,7 +390,7 @@ namespace {
 class PartialFile {
   public:
     explicit PartialFile(const std::string& final_path)
-        : final_path_(final_path), path_(cat(final_path, ".partial-", ::getpid())),
+        : final_path_(final_path), path_(cat(final_path, ".partial-", process_tag())),
           descriptor_(::open(path_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644))
     {
         if (descriptor_ < 0)

@@ -20,6 +20,7 @@
 #include "selm/base/log.hpp"
 #include "selm/base/stop.hpp"
 #include "selm/comm/agree.hpp"
+#include "selm/comm/claim.hpp"
 #include "selm/data/iteration.hpp"
 #include "selm/data/journal.hpp"
 #include "selm/data/work_queue.hpp"
@@ -445,6 +446,7 @@ std::optional<Answers> generate_answers(const GenerateOptions& options, const In
     agree(comm, "lengths of the prompts", [&] { plan = plan_rows(options, *config, input, prompts); });
     report.skipped_rows = static_cast<std::int64_t>(plan.skipped.size());
     const auto model = SharedModel::from_directory(options.policy, options.common, comm, input.source.policy_digest);
+    claim_phase_output(options.output, comm);
     Journal& journal = opened.emplace(options.output,
                                       generation_binding(input.source.config.recipe_hash, input.source.policy_digest,
                                                          input.source.data_digest, model->engine_key()),
@@ -503,6 +505,7 @@ std::optional<Answers> generate_answers(const GenerateOptions& options, const In
 Answers given_answers(const GenerateOptions& options, const Input& input, Communicator& comm)
 {
     Answers answers;
+    claim_phase_output(options.output, comm);
     agree(comm, "reading the responses", [&] {
         if (!comm.is_root())
             return;

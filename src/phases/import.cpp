@@ -7,6 +7,7 @@
 #include "import_source.hpp"
 #include "selm/base/hash.hpp"
 #include "selm/comm/agree.hpp"
+#include "selm/comm/claim.hpp"
 #include "selm/data/preferences.hpp"
 #include "selm/phases/config_text.hpp"
 
@@ -248,6 +249,7 @@ ImportReport run_import(const ImportOptions& options, Communicator& comm)
     });
     broadcast_value(comm, report.already_complete, 0, "import");
     if (!report.already_complete) {
+        claim_phase_output(options.output, comm);
         broadcast_string(comm, attributes.source_digest, 0, "digest of the input");
         broadcast_report(comm, report);
         attributes.extra = {{"source", options.input}, {"rows_read", report.rows_read}, {"rows_with_empty_answer", report.empty_answers}};

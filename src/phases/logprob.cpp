@@ -13,6 +13,7 @@
 #include "selm/base/log.hpp"
 #include "selm/base/stop.hpp"
 #include "selm/comm/agree.hpp"
+#include "selm/comm/claim.hpp"
 #include "selm/data/iteration.hpp"
 #include "selm/data/journal.hpp"
 #include "selm/data/work_queue.hpp"
@@ -260,7 +261,7 @@ void write_output(const LogProbOptions& options, const Input& input, const std::
                   Communicator& comm)
 {
     const std::string phase = "logprob_" + options.name;
-    update_iteration(options.iter, comm, "", {"/logprobs/" + options.name, "/timing/" + phase, "/provenance/" + phase},
+    update_iteration(options.iter, comm, {"/logprobs/" + options.name, "/timing/" + phase, "/provenance/" + phase},
                      [&](h5::File& file) {
                          write_logprobs(file, options.name, input.reader->rows(), mine, attributes, comm);
                          write_timing(file, phase, timing, comm);
@@ -342,6 +343,7 @@ LogProbReport run_logprob(const LogProbOptions& options, Communicator& comm)
         return report;
     }
     encoder->check_lengths(*input.reader, [&](std::int64_t row) { return input.pair(row); }, comm);
+    claim_phase_output(options.iter, comm);
 
     Journal journal(journal_of, journal_binding(attributes), comm);
     report.resumed_rows = static_cast<std::int64_t>(journal.done_rows().size());

@@ -14,6 +14,7 @@
 #include "selm/base/log.hpp"
 #include "selm/base/stop.hpp"
 #include "selm/comm/agree.hpp"
+#include "selm/comm/claim.hpp"
 #include "selm/data/iteration.hpp"
 #include "selm/data/journal.hpp"
 #include "selm/data/work_queue.hpp"
@@ -344,7 +345,7 @@ void write_results(const RankOptions& options, const RankPlan& plan, const std::
     h5::Attributes provenance{{"update_rule", plan.rule}};
     for (const LoadedRanker& ranker : rankers)
         provenance[cat("ranker_", ranker.name)] = ranker.ranker->description();
-    update_iteration(options.iter, comm, "rank", {"/ranking", "/pairs", "/timing/rank", "/provenance/rank"}, [&](h5::File& file) {
+    update_iteration(options.iter, comm, {"/ranking", "/pairs", "/timing/rank", "/provenance/rank"}, [&](h5::File& file) {
         write_ranking(file, static_cast<std::int64_t>(aggregate.size()), mine, info, comm);
         write_timing(file, "rank", timing, comm);
         write_provenance(file, "rank", provenance, comm);
@@ -439,6 +440,7 @@ RankReport run_rank(const RankOptions& options, Communicator& comm)
         SELM_LOG(info, options.iter << " is ranked already");
         return report;
     }
+    claim_phase_output(options.iter, comm);
 
     RankTiming timing;
     std::vector<std::vector<ScoredRow>> scored;

@@ -5,6 +5,7 @@
 #include <map>
 #include <sstream>
 
+#include "selm/base/attempt.hpp"
 #include "selm/base/error.hpp"
 #include "selm/base/files.hpp"
 #include "selm/comm/agree.hpp"
@@ -63,6 +64,7 @@ void claim_run_directory(const RunPaths& paths, const std::string& run, const st
         if (!std::filesystem::exists(paths.recipe())) {
             SELM_VALIDATE(!std::filesystem::exists(paths.manifest()), ExitCode::configuration,
                           run << " has a manifest.json but no recipe.cfg (what its results were made with is unknown). Use a new --run");
+            claim_run(run);
             write_file_atomically(paths.recipe(), recipe_text);
             return;
         }
@@ -70,6 +72,7 @@ void claim_run_directory(const RunPaths& paths, const std::string& run, const st
         SELM_VALIDATE(difference.empty(), ExitCode::configuration,
                       run << " was made with another recipe (mixing two recipes would spoil its results): " << difference
                           << ". Use a new --run, or the recipe of " << paths.recipe());
+        claim_run(run); // after the checks: a wrong command must not stop a run that is under way
     });
 }
 

@@ -47,8 +47,8 @@ class RunManifest {
     nlohmann::json json_;
 };
 
-/// Creates RUN, stores the recipe on the first call, afterwards refuses another recipe naming each key that differs.
-/// @throws Error configuration. Collective over comm.
+/// Creates RUN, stores the recipe on the first call, afterwards refuses another recipe naming each key that differs; then claims
+/// RUN for this attempt. @throws Error configuration. Collective over comm.
 void claim_run_directory(const RunPaths& paths, const std::string& run, const std::string& recipe_text, Communicator& comm);
 
 /// The lines by which two canonical recipes ("section.key = value" lines) differ, in words; empty when equal.

@@ -2,16 +2,15 @@
 
 #include <algorithm>
 #include <filesystem>
-#include <fstream>
 #include <sstream>
 #include <utility>
 
-#include <unistd.h>
-
+#include "selm/base/attempt.hpp"
 #include "selm/base/error.hpp"
 #include "selm/base/files.hpp"
 #include "selm/base/provenance.hpp"
 #include "selm/comm/agree.hpp"
+#include "selm/comm/claim.hpp"
 
 namespace selm {
 
@@ -85,11 +84,15 @@ void TrainingOutput::claim()
         if (!comm_.is_root())
             return;
         create_directories(directory_);
-        remove_leftovers();
         SELM_VALIDATE(
             !fs::exists(directory_ + "/config.json") || fs::exists(metrics_path()), ExitCode::bad_data,
             directory_
                 << " holds a model that selm_train did not make (it would be overwritten). Pass another --output");
+    });
+    claim_phase_output(directory_, comm_);
+    agree(comm_, "leftovers", [&] {
+        if (comm_.is_root())
+            remove_leftovers();
     });
 }
 
@@ -102,6 +105,9 @@ void TrainingOutput::remove_leftovers() const
     for (const auto& entry : fs::directory_iterator(parent, ignored))
         if (entry.path().filename().string().starts_with(prefix))
             fs::remove_all(entry.path(), ignored);
+    for (const auto& entry : fs::directory_iterator(path, ignored))
+        if (entry.path().filename().string().find(".partial-") != std::string::npos)
+            fs::remove(entry.path(), ignored);
 }
 
 void TrainingOutput::start_anew()
@@ -109,6 +115,7 @@ void TrainingOutput::start_anew()
     agree(comm_, "starting anew", [&] {
         if (!comm_.is_root())
             return;
+        check_newest_attempt(checkpoints());
         std::error_code error;
         fs::remove_all(checkpoints(), error);
         SELM_VALIDATE(!error, ExitCode::io, "cannot remove '" << checkpoints() << "' (" << error.message() << ")");
@@ -122,7 +129,11 @@ std::vector<ordered_json> TrainingOutput::cut_metrics(std::int64_t step)
         if (fs::exists(metrics_path()))
             for (const ordered_json& line : lines_until(read_file(metrics_path()), step))
                 text += line.dump() + "\n";
-        write_file_atomically(metrics_path(), text);
+        const std::string partial = metrics_path() + ".partial-" + process_tag();
+        metrics_ = std::ofstream(partial, std::ios::trunc);
+        metrics_ << text << std::flush;
+        SELM_VALIDATE(!metrics_.fail(), ExitCode::io, "writing '" << partial << "' failed. Free some space, then run again");
+        publish_file(partial, metrics_path());
         return text;
     });
     return lines_until(kept, step);
@@ -133,10 +144,8 @@ void TrainingOutput::append_metrics(const ordered_json& line)
     agree(comm_, "writing metrics", [&] {
         if (!comm_.is_root())
             return;
-        std::ofstream file(metrics_path(), std::ios::app);
-        file << line.dump() << '\n';
-        file.close();
-        SELM_VALIDATE(!file.fail(), ExitCode::io,
+        metrics_ << line.dump() << '\n' << std::flush;
+        SELM_VALIDATE(!metrics_.fail(), ExitCode::io,
                       "writing '" << metrics_path() << "' failed. Free some space, then run again");
     });
 }
@@ -147,7 +156,8 @@ void TrainingOutput::publish(const std::function<void(const std::string&)>& writ
     agree(comm_, "writing the model", [&] {
         if (!comm_.is_root())
             return;
-        const std::string partial = cat(directory_, ".partial-", ::getpid());
+        const std::string partial = cat(directory_, ".partial-", process_tag());
+        std::error_code ignored; // what cannot be removed does no harm
         try {
             create_directories(partial);
             write(partial);
@@ -160,12 +170,12 @@ void TrainingOutput::publish(const std::function<void(const std::string&)>& writ
                                   [](const std::string& name) { return name != "config.json"; });
             for (const std::string& name : names)
                 publish_file(partial + "/" + name, directory_ + "/" + name);
-            fs::remove_all(partial);
+            fs::remove_all(partial, ignored);
         } catch (const fs::filesystem_error& error) {
-            fs::remove_all(partial);
+            fs::remove_all(partial, ignored);
             throw io_error(cat("writing the model failed (", error.what(), ")"));
         } catch (...) {
-            fs::remove_all(partial);
+            fs::remove_all(partial, ignored);
             throw;
         }
         record["format"] = record_format;

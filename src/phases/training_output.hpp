@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <fstream>
 #include <functional>
 #include <optional>
 #include <string>
@@ -30,12 +31,13 @@ class TrainingOutput {
 
     /// The record of a finished run, or nothing. @throws Error bad_data when another run made the directory's content.
     std::optional<nlohmann::ordered_json> finished(const CheckpointBinding& binding);
-    /// Makes the directory; drops what a killed run left half written.
+    /// Makes the directory and claims it for this attempt; drops what a killed run left half written.
     void claim();
     /// Removes metrics and checkpoints (--resume never).
     void start_anew();
 
-    /// Keeps the lines of metrics.jsonl up to `step` and returns them, the same on every rank.
+    /// Keeps the lines of metrics.jsonl up to `step` and returns them, the same on every rank. The file is a new one, which only
+    /// this attempt appends to: what an older one still writes goes to a file that has lost its name.
     std::vector<nlohmann::ordered_json> cut_metrics(std::int64_t step);
     void append_metrics(const nlohmann::ordered_json& line);
 
@@ -47,6 +49,7 @@ class TrainingOutput {
     std::string metrics_path() const { return directory_ + "/metrics.jsonl"; }
     void remove_leftovers() const;
     std::string directory_;
+    std::ofstream metrics_; ///< rank 0, after cut_metrics()
     Communicator& comm_;
 };
 

@@ -8,6 +8,7 @@
 
 #include <nlohmann/json.hpp>
 
+#include "selm/base/attempt.hpp"
 #include "selm/base/error.hpp"
 #include "selm/base/files.hpp"
 #include "selm/base/hash.hpp"
@@ -212,6 +213,7 @@ void CheckpointStore::save(const CheckpointState& state, const CheckpointBinding
         std::error_code error;
         fs::create_directories(directory_, error);
         SELM_VALIDATE(!error, ExitCode::io, "cannot create '" << directory_ << "' (" << error.message() << ")");
+        check_newest_attempt(manifest_path);
         fs::remove(manifest_path, error); // the file that it describes is about to change
     });
     write_state(stem(state.step) + ".h5", state, optimizer);
@@ -246,7 +248,7 @@ void CheckpointStore::write_state(const std::string& path, const CheckpointState
 {
     const auto own = rank_pieces(layout_, comm_.rank());
     const auto slices = part_slices(parameters_, layout_, own);
-    h5::write_and_publish(path, comm_, "", [&](h5::File& file) {
+    h5::write_and_publish(path, comm_, [&](h5::File& file) {
         file.set_attributes(
             "/",
             {{"format", std::string(checkpoint_format)}, {"format_version", checkpoint_version}, {"step", state.step}});

@@ -104,8 +104,8 @@ struct LogProbAttributes {
  * rules of h5::write_and_publish hold for @p write_groups.
  * @param replace group paths that write_groups makes anew ("/ranking"); they need not exist.
  */
-void update_iteration(const std::string& path, Communicator& comm, const std::string& attempt,
-                      const std::vector<std::string>& replace, const std::function<void(h5::File&)>& write_groups);
+void update_iteration(const std::string& path, Communicator& comm, const std::vector<std::string>& replace,
+                      const std::function<void(h5::File&)>& write_groups);
 
 /// For use in update_iteration. Each row of the file comes from exactly one rank (any rank, any order). Collective.
 /// Ranking writes /ranking and /pairs (replace both). @throws Error internal: rows missing, doubled or out of range.

@@ -9,15 +9,15 @@
 namespace selm::h5 {
 
 /**
- * @brief Makes @p path as a whole or not at all: creates "<path>.partial-<attempt>" on all ranks, runs @p write, closes,
+ * @brief Makes @p path as a whole or not at all: creates "<path>.partial-<tag>" on all ranks, runs @p write, closes,
  * opens it again to check that it is whole, syncs and renames. Collective.
  *
  * Nothing with the final name changes before the rename; on an error the partial file is removed and every rank throws.
  * Local work of @p write that may fail on one rank alone must go through agree() (the other ranks would wait in the next
  * collective write); throwing on any rank after the last collective call is fine.
- * @param attempt distinguishes attempts that run at the same time; empty: one is made from host, process and time.
+ * The partial file is this process's own (process_tag() of rank 0); partial files that killed attempts left are removed once
+ * the new one is in place. @throws Error stopped when a newer attempt has claimed @p path (base/attempt.hpp).
  */
-void write_and_publish(const std::string& path, Communicator& comm, const std::string& attempt,
-                       const std::function<void(File&)>& write);
+void write_and_publish(const std::string& path, Communicator& comm, const std::function<void(File&)>& write);
 
 } // namespace selm::h5

@@ -110,7 +110,7 @@ void add_ranking(const std::string& path, Communicator& comm)
             mine.push_back(ranked(i, reader.has_generated(i)));
     const RankingInfo info{.rankers = {{.name = "reward", .pairwise = false, .attributes = {}}, {.name = "pairrm", .pairwise = true, .attributes = {{"model", std::string("m")}}}},
                            .update_rule = "best-worst", .attributes = {}};
-    update_iteration(path, comm, "", {"/ranking", "/pairs", "/timing/rank"}, [&](h5::File& file) {
+    update_iteration(path, comm, {"/ranking", "/pairs", "/timing/rank"}, [&](h5::File& file) {
         write_ranking(file, reader.rows(), mine, info, comm);
         write_timing(file, "rank", {.rows = static_cast<std::int64_t>(mine.size()), .busy_s = 1, .idle_s = 0}, comm);
     });
@@ -206,7 +206,7 @@ TEST(Iteration, RowsRankingAndLogProbsReadBack)
     const std::string pairs_digest = IterationReader(path).pairs_digest();
     const LogProbAttributes of{.model = "m", .digest = "d", .engine = "e", .encoding = "chat", .chat_format = "f", .dtype = "fp32",
                                .pairs_digest = pairs_digest, .max_length = 512, .max_prompt_length = 256, .extra = {{"more", 0.5}}};
-    update_iteration(path, comm, "logp", {"/logprobs/reference"}, [&](h5::File& file) {
+    update_iteration(path, comm, {"/logprobs/reference"}, [&](h5::File& file) {
         std::vector<RowLogProbSums> mine;
         for (std::int64_t i = 6; i >= 0; --i)
             if (i % comm.size() == comm.rank())
@@ -245,7 +245,7 @@ TEST(Iteration, TimingIsNoPartOfTheDigestAndGroupsAreReplaced)
     const std::string digest = data_digest(path);
     add_ranking(path, comm);
     EXPECT_EQ(data_digest(path), digest);
-    update_iteration(path, comm, "", {"/timing/rank"}, [&](h5::File& file) {
+    update_iteration(path, comm, {"/timing/rank"}, [&](h5::File& file) {
         write_timing(file, "rank", {.rows = 99, .busy_s = 9, .idle_s = 9}, comm);
         write_provenance(file, "more", {{"a", std::string("b")}}, comm);
     });
@@ -263,7 +263,7 @@ TEST(Iteration, AFailedUpdateLeavesTheOldFile)
     const std::string before = root_string(comm, "file", [&] { return hash_hex(read_file(path)); });
     ExitCode code = ExitCode::done;
     try {
-        update_iteration(path, comm, "", {"/ranking"}, [&](h5::File& file) {
+        update_iteration(path, comm, {"/ranking"}, [&](h5::File& file) {
             file.create_group("/ranking");
             if (comm.rank() == comm.size() / 2)
                 throw config_error("one rank failed");
@@ -273,7 +273,7 @@ TEST(Iteration, AFailedUpdateLeavesTheOldFile)
     }
     EXPECT_EQ(code, ExitCode::configuration);
     // The typed writers find what is missing before they write: also then nothing is left.
-    EXPECT_THROW(update_iteration(path, comm, "", {"/ranking", "/pairs"}, [&](h5::File& file) {
+    EXPECT_THROW(update_iteration(path, comm, {"/ranking", "/pairs"}, [&](h5::File& file) {
         std::vector<RankedRow> mine;
         if (comm.is_root())
             mine = {ranked(0, true), ranked(0, true), ranked(2, true)};

@@ -93,12 +93,12 @@ TEST(ParallelFile, CopiesATree)
     const SharedDirectory directory(comm);
     std::vector<std::int64_t> mine(1000);
     std::iota(mine.begin(), mine.end(), 1000 * comm.rank());
-    h5::write_and_publish(directory.path("a.h5"), comm, "", [&](h5::File& file) {
+    h5::write_and_publish(directory.path("a.h5"), comm, [&](h5::File& file) {
         file.write_blocks("/g/x", mine, {10});
         file.write_blocks("/one", comm.is_root() ? std::vector<float>{1} : std::vector<float>{});
         file.set_attribute("/g", "n", std::int64_t{3});
     });
-    h5::write_and_publish(directory.path("b.h5"), comm, "", [&](h5::File& file) {
+    h5::write_and_publish(directory.path("b.h5"), comm, [&](h5::File& file) {
         const h5::File source = h5::File::open(directory.path("a.h5"));
         file.copy_tree(source, "/");
         EXPECT_EQ(file.transfers().fallbacks, 0);
@@ -117,7 +117,7 @@ TEST(ParallelFile, AnErrorOfOneRankLeavesNothing)
     const SharedDirectory directory(comm);
     std::string message;
     try {
-        h5::write_and_publish(directory.path("a.h5"), comm, "", [&](h5::File& file) {
+        h5::write_and_publish(directory.path("a.h5"), comm, [&](h5::File& file) {
             file.write_blocks("/x", std::vector<double>{1});
             if (comm.rank() == comm.size() - 1)
                 throw data_error("the last rank failed");
@@ -136,7 +136,7 @@ void check_full_disk(Communicator& comm, bool on_this_rank)
 {
     const SharedDirectory directory(comm);
     const std::string path = directory.path("a.h5");
-    h5::write_and_publish(path, comm, "", [](h5::File& file) { file.write_blocks("/x", std::vector<double>{1}); });
+    h5::write_and_publish(path, comm, [](h5::File& file) { file.write_blocks("/x", std::vector<double>{1}); });
     ExitCode code = ExitCode::done;
     std::string message;
     {
@@ -144,7 +144,7 @@ void check_full_disk(Communicator& comm, bool on_this_rank)
         if (on_this_rank)
             limit.emplace(256 << 10);
         try {
-            h5::write_and_publish(path, comm, "", [](h5::File& file) {
+            h5::write_and_publish(path, comm, [](h5::File& file) {
                 file.write_blocks("/small", std::vector<double>(1000, 2.0));
                 file.write_blocks("/x", std::vector<double>(100000, 2.0));
             });

@@ -4,8 +4,8 @@
 #include <string>
 
 #include <gtest/gtest.h>
-#include <unistd.h>
 
+#include "selm/base/attempt.hpp"
 #include "selm/base/error.hpp"
 #include "temporary_directory.hpp"
 
@@ -61,7 +61,7 @@ TEST(Files, FullDiskIsAnIoError)
     const test::TemporaryDirectory directory;
     // The partial file's name is known, so it can be made to lead to a full device.
     const std::string path = directory.path("x");
-    std::filesystem::create_symlink("/dev/full", path + ".partial-" + std::to_string(::getpid()));
+    std::filesystem::create_symlink("/dev/full", path + ".partial-" + process_tag());
     const Error error = expect_error([&] { write_file_atomically(path, "data"); });
     EXPECT_EQ(error.code(), ExitCode::io);
     EXPECT_NE(std::string(error.what()).find("No space left"), std::string::npos) << error.what();

@@ -25,7 +25,7 @@ class DataTest : public ::testing::Test {
     {
         const std::string copy = directory.path("damaged.h5");
         const h5::File source = h5::File::open(path);
-        h5::write_and_publish(copy, *comm, "", [&](h5::File& file) {
+        h5::write_and_publish(copy, *comm, [&](h5::File& file) {
             file.copy_tree(source, "/", except);
             change(file);
         });
@@ -67,7 +67,7 @@ TEST_F(DataTest, AnotherKindOrVersionIsRefused)
     expect(error_of(damaged(path, {}, [](h5::File& file) { file.set_attribute("/", "format_version", std::int64_t{99}); })),
            "has format version 99 (this program reads version 1)");
     const std::string bare = directory.path("bare.h5");
-    h5::write_and_publish(bare, *comm, "", [](h5::File& file) { file.create_group("/a"); });
+    h5::write_and_publish(bare, *comm, [](h5::File& file) { file.create_group("/a"); });
     expect(error_of(bare), "has no format attribute");
     EXPECT_EQ(format_of(bare), "");
 }
@@ -109,7 +109,7 @@ TEST_F(DataTest, DigestSeesEveryByteButNoAttributeAndNoLayout)
     EXPECT_NE(data_digest(directory.path("b.h5")), digest);
     // The same bytes in another shape are other data.
     const auto shaped = [&](const char* name, const std::vector<std::int64_t>& row_shape) {
-        h5::write_and_publish(directory.path(name), *comm, "", [&](h5::File& file) { file.write_blocks("/a", std::vector<double>(6), row_shape); });
+        h5::write_and_publish(directory.path(name), *comm, [&](h5::File& file) { file.write_blocks("/a", std::vector<double>(6), row_shape); });
         return data_digest(directory.path(name));
     };
     EXPECT_NE(shaped("c.h5", {2}), shaped("d.h5", {3}));
@@ -121,7 +121,7 @@ TEST_F(DataTest, PairsDigestBindsPairsAndTexts)
     const auto make = [&](const std::string& text, std::int32_t best) {
         const std::string path = directory.path("iter.h5");
         write_iteration(path, prefs, {0}, {{.row = 0, .text = text, .tokens = {}, .logprobs = {}, .finish_reason = FinishReason::elsewhere}}, {}, {}, *comm);
-        update_iteration(path, *comm, "", {}, [&](h5::File& file) {
+        update_iteration(path, *comm, {}, [&](h5::File& file) {
             write_ranking(file, 1, {{.position = 0, .scores = {1, 2, 3}, .ranks = {3, 2, 1}, .best = best, .worst = 0, .rankers = {}}},
                           {.rankers = {}, .update_rule = "best-worst", .attributes = {}}, *comm);
         });

@@ -180,9 +180,9 @@ TEST_F(FileTest, CopiesATreeWithTypesAndAttributes)
 TEST_F(FileTest, PublishingIsAllOrNothing)
 {
     const std::string path = directory.path("a.h5");
-    h5::write_and_publish(path, *comm, "", [](h5::File& file) { file.write_blocks("/a", std::vector<double>{1}); });
+    h5::write_and_publish(path, *comm, [](h5::File& file) { file.write_blocks("/a", std::vector<double>{1}); });
     EXPECT_EQ(h5::File::open(path).read<double>("/a").front(), 1);
-    EXPECT_THROW(h5::write_and_publish(path, *comm, "x", [](h5::File& file) {
+    EXPECT_THROW(h5::write_and_publish(path, *comm, [](h5::File& file) {
         file.write_blocks("/a", std::vector<double>{2});
         throw data_error("no");
     }), Error);

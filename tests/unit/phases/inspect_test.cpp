@@ -43,12 +43,12 @@ class InspectTest : public ::testing::Test {
             {.position = 1, .scores = {nan, 1, 2}, .ranks = {0, 2, 1}, .best = 2, .worst = 1, .rankers = {{.scores = {nan, 1, 2}, .logits = {}}}},
             {.position = 2, .scores = {2, 3, 1}, .ranks = {2, 1, 3}, .best = 1, .worst = 2, .rankers = {{.scores = {2, 3, 1}, .logits = {}}}},
             {.position = 3, .scores = {1, 1, 1}, .ranks = {1, 1, 1}, .best = 0, .worst = 0, .rankers = {{.scores = {1, 1, 1}, .logits = {}}}}};
-        update_iteration(path, *comm, "", {}, [&](h5::File& file) {
+        update_iteration(path, *comm, {}, [&](h5::File& file) {
             write_ranking(file, 4, ranked, {.rankers = {{.name = "reward", .pairwise = false, .attributes = {}}}, .update_rule = "best-worst", .attributes = {}}, *comm);
         });
         const LogProbAttributes of{.model = "m", .digest = "d", .engine = "aten", .encoding = "chat", .chat_format = "chatml", .dtype = "fp32",
                                    .pairs_digest = IterationReader(path).pairs_digest(), .max_length = 512, .max_prompt_length = 256, .extra = {}};
-        update_iteration(path, *comm, "", {}, [&](h5::File& file) {
+        update_iteration(path, *comm, {}, [&](h5::File& file) {
             write_logprobs(file, "reference", 4,
                            {{.position = 0, .sum = {-3, nan, -4}, .tokens = {2, 0, 3}}, {.position = 1, .sum = {nan, -1, -2}, .tokens = {0, 1, 1}},
                             {.position = 2, .sum = {-5, -6, -7}, .tokens = {1, 1, 1}}, {.position = 3, .sum = {-8, nan, nan}, .tokens = {1, 0, 0}}},
@@ -62,7 +62,7 @@ class InspectTest : public ::testing::Test {
     {
         const std::string copy = directory.path("damaged.h5");
         const h5::File source = h5::File::open(path);
-        h5::write_and_publish(copy, *comm, "", [&](h5::File& file) {
+        h5::write_and_publish(copy, *comm, [&](h5::File& file) {
             file.copy_tree(source, "/", {dataset});
             file.write_blocks(dataset, values, row_shape);
         });
@@ -148,7 +148,7 @@ TEST_F(InspectTest, BrokenRankingsAndLogProbsAreFound)
 TEST_F(InspectTest, OnlyFilesWithRulesCanBeVerified)
 {
     const std::string other = directory.path("other.h5");
-    h5::write_and_publish(other, *comm, "", [](h5::File& file) { file.write_blocks("/a", std::vector<double>{1, 2}); });
+    h5::write_and_publish(other, *comm, [](h5::File& file) { file.write_blocks("/a", std::vector<double>{1, 2}); });
     expect(verify(other), "not a file that SELM wrote");
     expect(printed({.file = other}), "/a  float64 [2]");
     expect(verify(directory.write("text.h5", "text")), "is not an HDF5 file");
