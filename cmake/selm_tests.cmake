@@ -1,5 +1,5 @@
 # Tests. ctest labels: unit, mpi, oracle (Python references), cli (shell), slurm (batch scripts on a real SLURM), layering,
-# gpu (the CUDA build alone; skipped where no device is visible).
+# gpu (the CUDA build alone; skipped where no device is visible), soak (random faults; only with ctest -C soak).
 # Every test has a time limit.
 
 # Seconds that a test may take; sanitized programs are several times slower.
@@ -144,8 +144,11 @@ foreach(source IN LISTS job_sources)
     cmake_path(GET source STEM name)
     string(REGEX REPLACE "^test_" "" name "${name}")
     add_test(NAME slurm_${name} COMMAND bash "${source}")
-    set_tests_properties(slurm_${name} PROPERTIES LABELS slurm TIMEOUT 300 SKIP_RETURN_CODE 77 RUN_SERIAL TRUE ENVIRONMENT "${selm_mpi_environment}")
+    set_tests_properties(slurm_${name} PROPERTIES LABELS slurm TIMEOUT 900 SKIP_RETURN_CODE 77 RUN_SERIAL TRUE ENVIRONMENT "${selm_mpi_environment}")
 endforeach()
+# Random faults for half an hour: only with ctest -C soak -L soak.
+add_test(NAME soak COMMAND bash "${CMAKE_SOURCE_DIR}/tests/jobs/soak.sh" CONFIGURATIONS soak)
+set_tests_properties(soak PROPERTIES LABELS soak TIMEOUT 3600 SKIP_RETURN_CODE 77 RUN_SERIAL TRUE ENVIRONMENT "${selm_mpi_environment}")
 
 # --- who may include whom
 add_test(NAME layering COMMAND ${Python3_EXECUTABLE} "${CMAKE_SOURCE_DIR}/tests/layering/check_layering.py" "${CMAKE_SOURCE_DIR}")

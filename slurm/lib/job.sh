@@ -197,6 +197,14 @@ selm_may_restart() {
     [ "$count" -lt "${SELM_MAX_RESTARTS:-3}" ]
 }
 
+# Two copies of one job have one id: a requeue that the older one asks for would stop the newer one.
+selm_leave_to_newer() {
+    if [ -e "$selm_next_attempt" ]; then
+        say "a newer attempt has taken over $run ($(cat "$selm_next_attempt")): this copy ends and asks for nothing"
+        exit 75
+    fi
+}
+
 # selm_nodes_answer: every node of the job runs a trivial step.
 selm_nodes_answer() {
     timeout 60 srun --overlap --mpi=none "--nodes=$SLURM_JOB_NUM_NODES" "--ntasks=$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
@@ -210,7 +218,14 @@ selm_requeue() { # selm_requeue REASON
         exit 75
     fi
     # COMPLETING is a cancelled job, one that SLURM requeues itself, or one at its time limit. Only the last wants a requeue.
-    state=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*JobState=\([A-Z_]*\) Reason=\([A-Za-z_]*\).*/\1 \2/p')
+    # No state: the controller is being restarted, or this node is cut off.
+    for _ in {1..20}; do
+        state=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*JobState=\([A-Z_]*\) Reason=\([A-Za-z_]*\).*/\1 \2/p') || true
+        [ -z "$state" ] || break
+        say "$1; SLURM does not answer, trying again"
+        sleep 5
+    done
+    selm_leave_to_newer
     case $state in
         RUNNING* | TIMEOUT* | *TimeLimit) ;;
         *)
@@ -236,7 +251,9 @@ selm_requeue() { # selm_requeue REASON
 }
 
 # selm_job_value NAME: of scontrol show job; nothing for what is not set.
-selm_job_value() { scontrol -o show job "$SLURM_JOB_ID" | tr ' ' '\n' | sed -n "s/^$1=//p" | sed '/^(null)$/d' | head -n 1; }
+selm_job_value() {
+    scontrol show job "$SLURM_JOB_ID" | sed -n -E "s/^ *(.* )?$1=//p" | sed -E '/ [A-Z][A-Za-z]*=/s/ .*//; /^\(null\)$/d' | head -n 1
+}
 
 # selm_resubmit: where a job may not be requeued, a new one of the same script, size and arguments takes its place, and jobs that wait for
 # this one wait for that.
@@ -287,10 +304,7 @@ selm_rewire() {
 # selm_end: from the exit code of the last step to the end of the job.
 selm_end() {
     [ "$selm_rc" != 0 ] || return 0
-    if [ -e "$selm_next_attempt" ]; then
-        say "a newer attempt has taken over $run ($(cat "$selm_next_attempt")): this copy ends and asks for nothing"
-        exit 75
-    fi
+    selm_leave_to_newer
     case $selm_rc in
         75) selm_requeue "stopped, everything is saved" ;;
         64 | 65 | 78) die "$selm_rc" "exit code $selm_rc; the reason is above. Not run again: it would end the same way" ;;

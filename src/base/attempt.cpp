@@ -50,7 +50,7 @@ std::map<std::string, Claim>& claims()
 std::string absolute(const std::string& path)
 {
     std::error_code error;
-    fs::path whole = fs::weakly_canonical(path, error);
+    fs::path whole = fs::weakly_canonical(fs::absolute(path), error); // absolute: a path that does not exist stays as it is
     if (error)
         whole = fs::absolute(path).lexically_normal();
     std::string text = whole.string();

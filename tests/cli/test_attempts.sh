@@ -16,7 +16,7 @@ trap clean EXIT
 cd "$work"
 "$SELM_TOOL_DIR/selm_tiny_model_tool" policy seed=1
 "$SELM_TOOL_DIR/selm_tiny_model_tool" reward seed=2 classifier
-expect 0 'imported 200 rows' "$bin/selm_import" --input "$SELM_SOURCE_DIR/data/ultrafeedback_sample.jsonl" --rows 0:200 --output prefs.h5 \
+expect 0 'imported 120 rows' "$bin/selm_import" --input "$SELM_SOURCE_DIR/data/ultrafeedback_sample.jsonl" --rows 0:120 --output prefs.h5 \
     --on-empty-answer keep
 
 gen() { # gen OUTPUT
@@ -81,12 +81,12 @@ beside() {
 }
 unfinished() { find . -name '*.journal' -o -name '*.partial*'; }
 
-expect 0 'rows 200, generated now' gen alone.h5
+expect 0 'rows 120, generated now' gen alone.h5
 alone=$(digest_of alone.h5)
-rows=$(sed -n 's/^rows 200, generated now \([0-9]*\),.*/\1/p' <<<"$output")
+rows=$(sed -n 's/^rows 120, generated now \([0-9]*\),.*/\1/p' <<<"$output")
 twice() { # no row that was journalled is generated again
     local counts
-    counts=$(sed -n 's/^rows 200, generated now \([0-9]*\), from the journal \([0-9]*\),.*/\1+\2/p' <<<"$output")
+    counts=$(sed -n 's/^rows 120, generated now \([0-9]*\), from the journal \([0-9]*\),.*/\1+\2/p' <<<"$output")
     checks=$((checks + 2))
     [ "$((counts))" = "$rows" ] || fail "$counts rows are not $rows"
     [ "${counts#*+}" -gt 0 ] || fail "nothing was taken from the journal"
@@ -101,11 +101,12 @@ twice
 
 # The older one wakes up when the newer one is done, and its output was ranked.
 freeze gen after.h5 test -s after.h5.journal/$journal
-expect 0 'rows 200, generated now' gen after.h5
+expect 0 'rows 120, generated now' gen after.h5
 twice
 checks=$((checks + 2))
 [ "$(digest_of after.h5)" = "$alone" ] || fail "after.h5 differs from alone.h5"
-expect 0 'rows 200' "$bin/selm_rank" --iter after.h5 --ranker reward:reward --dtype fp32 --max-length 512 --progress off
+expect 0 'rows 120' "$bin/selm_rank" --iter after.h5 --ranker reward:reward --dtype fp32 --max-length 512 --max-prompt-length 96 \
+    --progress off
 before=$(content after.h5)
 wake after.h5
 [ "$(content after.h5)" = "$before" ] || fail "the older copy changed after.h5"

@@ -9,6 +9,8 @@ in_cluster() {
     fi
     # shellcheck source=tests/cli/expect.sh
     source "$SELM_SOURCE_DIR/tests/cli/expect.sh"
+    # shellcheck source=tests/jobs/cluster.sh
+    source "$SELM_SOURCE_DIR/tests/jobs/cluster.sh"
     mkdir "$SELM_CLUSTER/work"
     cd "$SELM_CLUSTER/work" || exit 1
     export PATH=$SELM_BIN_DIR:$PATH SELM_ROOT=$SELM_SOURCE_DIR OMP_NUM_THREADS=1
@@ -47,6 +49,85 @@ save-dtype = fp32
 CFG
 }
 
+# make_long_recipe ROWS: every phase takes some seconds, so that something can happen meanwhile.
+make_long_recipe() {
+    make_recipe 64 "$1"
+    "$SELM_TOOL_DIR/selm_tiny_model_tool" policy seed=1 layers=16
+    "$SELM_TOOL_DIR/selm_tiny_model_tool" reward seed=2 layers=16 classifier
+    cat >>recipe.cfg <<'CFG'
+checkpoint-every = 1
+CFG
+    sed -i 's/^\[gen\]$/[gen]\nslots = 1/' recipe.cfg
+}
+
+# The reference: one selm_iter of two ranks that nothing disturbs. Resumed training has the same bits on as many ranks.
+make_reference() { mpi 2 selm_iter --config recipe.cfg --run reference --progress off >reference.log 2>&1; }
+
+# shellcheck disable=SC2034 # the tests use it
+phases=(generate rank logprob train)
+
+# at_work RUN PHASE ITERATION: the phase has saved something, and is not done.
+# shellcheck disable=SC2317 # called by wait_until
+at_work() {
+    local saved output=$1/iter$3
+    case $2 in
+        generate) saved="$output/iter.h5.journal/*" ;;
+        rank) saved="$output/iter.h5.rank-*.journal/*" ;;
+        logprob) saved="$output/iter.h5.logprobs-*.journal/*" ;;
+        train) saved="$output/policy/checkpoints/*.json" ;;
+    esac
+    compgen -G "$saved" >/dev/null && [ ! -e "$output/policy/training.json" ]
+}
+
+# journalled RUN ITERATION: rows in the journal of generation.
+journalled() {
+    python3 - "$1/iter$2/iter.h5.journal" <<'PY'
+import glob, struct, sys
+
+rows = set()
+for name in glob.glob(sys.argv[1] + "/*.log"):
+    data = open(name, "rb").read()
+    if len(data) < 16:
+        continue
+    at = 8 + 8 + struct.unpack_from("<q", data, 8)[0] + 8  # magic, size, binding, checksum
+    while at + 24 <= len(data):
+        _, row, size = struct.unpack_from("<Qqq", data, at)
+        at += 24 + size + 8
+        if at <= len(data):
+            rows.add(row)
+print(len(rows))
+PY
+}
+resumed_rows() { python3 -c 'import json, sys; print(json.load(open(sys.argv[1]))["iter" + sys.argv[2]]["generate"]["resumed_rows"])' "$1/manifest.json" "$2"; }
+
+# unspoilt RUN: the data and weights of the reference, each step of training once, nothing unfinished left, every file whole.
+unspoilt() {
+    local run=$1 t file
+    same reference "$run" "an undisturbed run"
+    for t in 1 2; do
+        checks=$((checks + 2))
+        cmp "reference/iter$t/policy/model.safetensors" "$run/iter$t/policy/model.safetensors" || fail "weights of $run, iteration $t"
+        [ "$(sed -n 's/^{"step":\([0-9]*\),.*/\1/p' "$run/iter$t/policy/metrics.jsonl")" = \
+            "$(sed -n 's/^{"step":\([0-9]*\),.*/\1/p' "reference/iter$t/policy/metrics.jsonl")" ] || fail "steps of $run, iteration $t"
+        for file in iter.h5 test.h5; do
+            selm_inspect --verify "$run/iter$t/$file" >verify.log 2>&1 || fail "$run/iter$t/$file: $(cat verify.log)"
+        done
+    done
+    file=$(find "$run" -name '*.journal' -o -name '*.partial*')
+    [ -z "$file" ] || fail "unfinished files are left: $file"
+}
+
+nodes_of() { scontrol show hostnames "$(squeue -h -j "$1" -o %N)" | sed 's/^node//'; }
+log_of() { echo "selm-iter-$1.out"; }
+attempts_of() { find "$1/attempts" -type f | wc -l; }
+# shellcheck disable=SC2317
+has_attempts() { [ -d "$1/attempts" ] && [ "$(attempts_of "$1")" -ge "$2" ]; }
+# Programs of a node, for example to freeze them: a node that is cut off may be as slow as it likes.
+to_programs() { on_node "$1" pkill "-$2" '^selm_' || true; } # to_programs K SIGNAL
+# shellcheck disable=SC2317
+no_programs() { ! on_node "$1" pgrep '^selm_|slurm_script' >/dev/null; }
+all_nodes_back() { wait_until 120 "all nodes to be back" none_lost; }
+
 # submit ARGUMENTS OF SBATCH...: prints the job's id.
 submit() { sbatch --parsable "$@"; }
 
@@ -70,6 +151,8 @@ wait_until() {
 job_ended() { case $(job_state "$1") in PENDING | RUNNING | COMPLETING | CONFIGURING | SUSPENDED | REQUEUED | "") return 1 ;; esac; }
 # shellcheck disable=SC2317
 log_has() { grep -q -- "$2" "$1" 2>/dev/null; }
+# shellcheck disable=SC2317
+log_count() { [ "$(grep -c -- "$3" "$1" 2>/dev/null || true)" -ge "$2" ]; } # log_count LOG N PATTERN
 
 # ends_as STATE SECONDS ID
 ends_as() {

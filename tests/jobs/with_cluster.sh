@@ -96,49 +96,17 @@ echo "CgroupPlugin=cgroup/v1" >$SELM_CLUSTER/cgroup.conf
 } >$SELM_CLUSTER/hosts
 mount --bind $SELM_CLUSTER/hosts /etc/hosts
 
-wait_for() { # wait_for WHAT COMMAND...: a minute at most
-    local what=$1 end=$((SECONDS + 60))
-    shift
-    until "$@" >/dev/null 2>&1; do
-        if ((SECONDS > end)); then
-            echo "with_cluster: $what does not come up" >&2
-            tail -n 20 $SELM_CLUSTER/log/* >&2
-            exit 1
-        fi
-        sleep 0.2
-    done
-}
-
-start_node() { # start_node K
-    local name=node$1 link=link$1
-    mkdir -p "$SELM_CLUSTER/spool-$name"
-    # shellcheck disable=SC2016
-    unshare --net --pid --uts --ipc --mount --fork --mount-proc --kill-child bash -c '
-        hostname "$0"
-        mount -t tmpfs tmpfs /dev/shm
-        until ip addr show eth0 2>/dev/null | grep -q "inet "; do sleep 0.1; done
-        slurmd -D -N "$0" & # bash stays to reap orphans, as a first process has to
-        wait' "$name" >"$SELM_CLUSTER/log/$name.out" 2>&1 </dev/null &
-    echo $! >"$SELM_CLUSTER/$name.pid"
-    until [ "$(readlink "/proc/$!/ns/net")" != "$(readlink /proc/self/ns/net)" ]; do sleep 0.05; done
-    ip link add "$link" type veth peer name eth0 netns $!
-    ip link set "$link" master cluster up
-    nsenter --net="/proc/$!/ns/net" ip link set lo up
-    nsenter --net="/proc/$!/ns/net" ip link set eth0 up
-    nsenter --net="/proc/$!/ns/net" ip addr add "10.99.0.$(($1 + 10))/24" dev eth0
-}
-# shellcheck disable=SC2317 # called by wait_for
-all_idle() { [ "$(sinfo -h -N -t idle -o %N | sort -u | wc -l)" = "$nodes" ]; }
+# shellcheck source=tests/jobs/cluster.sh
+source "$(dirname "${BASH_SOURCE[0]}")/cluster.sh"
 
 dd if=/dev/urandom of=$SELM_CLUSTER/munge.key bs=128 count=1 status=none
 chmod 600 $SELM_CLUSTER/munge.key
 munged -F --key-file=$SELM_CLUSTER/munge.key --socket=$SELM_CLUSTER/munge --pid-file=$SELM_CLUSTER/munged.own \
     --seed-file=$SELM_CLUSTER/munge.seed --log-file=$SELM_CLUSTER/log/munged.log >$SELM_CLUSTER/log/munged.out 2>&1 </dev/null &
 wait_for munged munge -n -S $SELM_CLUSTER/munge
-slurmctld -D >$SELM_CLUSTER/log/slurmctld.out 2>&1 </dev/null &
-wait_for slurmctld scontrol ping
+start_controller
 for ((k = 1; k <= nodes; k++)); do start_node "$k"; done
-wait_for "the nodes" all_idle
+wait_for "the nodes" all_idle "$nodes"
 
 code=0
 "$@" || code=$?

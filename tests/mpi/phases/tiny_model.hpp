@@ -16,6 +16,7 @@ namespace selm::test {
 struct TinyModel {
     std::int64_t vocabulary = 275; ///< ids of tests/data/tiny_tokenizer
     std::int64_t max_positions = 512;
+    std::int64_t layers = 2;
     std::uint64_t seed = 1;
     bool damaged = false;    ///< a NaN among the weights
     bool classifier = false; ///< a reward model: score.weight in the place of the tied head
@@ -33,7 +34,7 @@ inline void make_tiny_model(const std::string& directory, const TinyModel& what 
                               (what.classifier ? R"(LlamaForSequenceClassification"], "num_labels": 1)"
                                                : R"(LlamaForCausalLM"])") +
                               R"(, "model_type": "llama", "hidden_act": "silu", "hidden_size": 32,
-"intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+"intermediate_size": 96, "num_hidden_layers": )" + std::to_string(what.layers) + R"(, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
 "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": true, "eos_token_id": 2, "torch_dtype": "float32",
 "vocab_size": )" + std::to_string(what.vocabulary) +
                               ", \"max_position_embeddings\": " + std::to_string(what.max_positions) + "}");

@@ -1,4 +1,4 @@
-// Makes a tiny random model directory for the shell tests: selm_tiny_model_tool DIR [seed=N] [vocabulary=N] [classifier] [damaged]
+// Makes a tiny random model directory for the shell tests: selm_tiny_model_tool DIR [seed=N] [vocabulary=N] [layers=N] [classifier] [damaged]
 #include <iostream>
 #include <string>
 
@@ -15,6 +15,8 @@ int main(int argc, char** argv)
             what.seed = std::stoull(word.substr(5));
         else if (word.starts_with("vocabulary="))
             what.vocabulary = std::stoll(word.substr(11));
+        else if (word.starts_with("layers="))
+            what.layers = std::stoll(word.substr(7));
         else if (word == "classifier")
             what.classifier = true;
         else if (word == "damaged")

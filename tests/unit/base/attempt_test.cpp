@@ -105,6 +105,21 @@ TEST(Attempt, OfAScriptIsSharedByItsPrograms)
     EXPECT_THROW(hold_attempt(run), Error);
 }
 
+TEST(Attempt, OfARelativePath)
+{
+    const test::TemporaryDirectory directory;
+    const std::filesystem::path before = std::filesystem::current_path();
+    std::filesystem::current_path(directory.path(""));
+    claim_output("iter.h5");
+    in_another_process([] {
+        claim_output("iter.h5");
+        write_file_atomically("iter.h5", "newest");
+    });
+    EXPECT_EQ(code_of_writing("iter.h5"), ExitCode::stopped);
+    EXPECT_EQ(code_of_writing(directory.path("iter.h5")), ExitCode::stopped);
+    std::filesystem::current_path(before);
+}
+
 TEST(Attempt, ThatWasRemovedIsNotTheNewest)
 {
     const test::TemporaryDirectory directory;

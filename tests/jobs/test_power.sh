@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# A node loses power in each phase, the batch host among them, under srun and under mpirun; two nodes at once; and in a chain.
+set -euo pipefail
+# shellcheck source=tests/jobs/support.sh
+source "$(dirname "${BASH_SOURCE[0]}")/support.sh"
+in_cluster 3 880 "${BASH_SOURCE[0]}"
+make_long_recipe 48
+job_script=$SELM_SOURCE_DIR/jobs/selm_iter.slurm
+make_reference
+
+# cut RUN JOB PHASE first|last...: power cuts of nodes of the job; ends when the next attempt is there and the nodes are back.
+cut() {
+    local run=$1 job=$2 phase=$3 nodes number attempts
+    shift 3
+    wait_until 200 "$phase of job $job" at_work "$run" "$phase" 1
+    attempts=$(attempts_of "$run")
+    mapfile -t nodes < <(nodes_of "$job")
+    [ "$phase" != generate ] || saved=$(journalled "$run" 1)
+    for number; do
+        if [ "$number" = first ]; then power_cut "${nodes[0]}"; else power_cut "${nodes[-1]}"; fi
+    done
+    wait_until 200 "restart of job $job" has_attempts "$run" $((attempts + 1))
+    for number; do
+        if [ "$number" = first ]; then power_on "${nodes[0]}"; else power_on "${nodes[-1]}"; fi
+    done
+    all_nodes_back
+}
+
+one=$(submit --nodes=2 --ntasks-per-node=1 "$job_script" --run by_srun)
+cut by_srun "$one" generate last
+cut by_srun "$one" rank first
+cut by_srun "$one" logprob last
+cut by_srun "$one" train first
+ends_as COMPLETED 200 "$one"
+checks=$((checks + 2))
+[ "$(attempts_of by_srun)" = 5 ] || fail "$(attempts_of by_srun) attempts instead of 5"
+[ "$(resumed_rows by_srun 1)" -ge "$saved" ] || fail "of $saved journalled rows $(resumed_rows by_srun 1) were used"
+unspoilt by_srun
+
+two=$(SELM_LAUNCHER=mpirun submit --nodes=2 --ntasks-per-node=1 "$job_script" --run by_mpirun)
+cut by_mpirun "$two" generate last
+expect 0 'requeued .restart 1.' cat "$(log_of "$two")" # by the script, before SLURM has noticed anything
+cut by_mpirun "$two" train first last
+ends_as COMPLETED 200 "$two"
+unspoilt by_mpirun
+
+echo "all --nodes=2 --ntasks-per-node=1 --time=30" >phases.cfg
+expect 0 '^state: squeue' "$SELM_SOURCE_DIR/slurm/submit_chain.sh" --config recipe.cfg --run chained --phases phases.cfg
+logp=$(sed -n 's/^\([0-9]*\)  logp of iteration 1$/\1/p' <<<"$output")
+last=$(sed -n 's/^\([0-9]*\)  iter .*/\1/p' <<<"$output")
+cut chained "$logp" logprob last
+ends_as COMPLETED 300 "$last"
+unspoilt chained
+finish
