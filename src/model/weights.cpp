@@ -132,6 +132,7 @@ struct ResidentWeights::Impl {
     std::vector<ParameterSpec> specs;
     BlockLayout layout;
     std::vector<Tensor> flat; ///< parameters of the caller; empty when read from a checkpoint
+    std::vector<Tensor> device_copies; ///< of dense flat parameters
     std::vector<Tensor> panels; ///< storage of packed parameters of the flat form
     Tensor block;               ///< storage of everything when read from a checkpoint; panels that several parts fill
 
@@ -181,6 +182,7 @@ struct ResidentWeights::Impl {
     void load_one(const SafetensorsReader& reader, std::size_t index, LoadBuffer& buffer);
     Tensor place_of(std::size_t index) const;
     void load_in_place(const SafetensorsReader& reader, std::size_t index, LoadBuffer& buffer);
+    Tensor on_device(std::size_t index);
     void pack_flat();
 };
 
@@ -241,6 +243,19 @@ void ResidentWeights::Impl::load(const SafetensorsReader& reader)
         load_one(reader, i, buffer);
 }
 
+/// A flat parameter where the engine can use it: as it is, or copied to the engine's device.
+Tensor ResidentWeights::Impl::on_device(std::size_t index)
+{
+    if (engine.device() == Device::cpu)
+        return flat[index];
+    device_copies.resize(flat.size());
+    Tensor& copy = device_copies[index];
+    if (copy.empty())
+        copy = engine.allocate(specs[index].rows, specs[index].columns, DType::f32);
+    engine.copy_from_host(flat[index].data, copy);
+    return copy;
+}
+
 void ResidentWeights::Impl::pack_flat()
 {
     panels.resize(layout.places.size());
@@ -255,7 +270,7 @@ void ResidentWeights::Impl::pack_flat()
     for (std::size_t i = 0; i < specs.size(); ++i) {
         const auto parameter = static_cast<std::int64_t>(i);
         if (is_dense(config, parameter))
-            set_dense(parameter, flat[i]);
+            set_dense(parameter, on_device(i));
         else
             set_linear(parameter, engine.pack(flat[i], options.with_backward, storage_of(i), !is_mine(parameter)));
     }

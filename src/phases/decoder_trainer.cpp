@@ -9,6 +9,7 @@
 #include "selm/comm/agree.hpp"
 #include "selm/model/model_files.hpp"
 #include "selm/phases/shared_model.hpp"
+#include "selm/shard/staged_gradient.hpp"
 #include "training_output.hpp"
 
 namespace selm {
@@ -38,8 +39,9 @@ DecoderTrainer::DecoderTrainer(const TrainOptions& options, bool reward)
       config_(reward ? reward_config(options.policy) : DecoderConfig::from_directory(options.policy)),
       dtype_(parse_dtype(options.common.dtype)), reader_(options.policy),
       engine_(make_engine({.engine = options.common.engine,
-                           .device = Device::cpu,
-                           .threads = static_cast<int>(options.common.threads)}))
+                           .device = options.common.device == "cuda" ? Device::cuda : Device::cpu,
+                           .threads = static_cast<int>(options.common.threads),
+                           .activation = parse_dtype(options.common.dtype)}))
 {
     SELM_VALIDATE(
         reward || !config_.sequence_classifier, ExitCode::configuration,
@@ -103,6 +105,17 @@ std::int64_t DecoderTrainer::recomputed_layers(std::int64_t tokens, std::int64_t
     if (recompute_ == "auto")
         return plan_recompute(config_, engine_->activation_dtype(), tokens, scored, activation_bytes_).layers;
     return recompute_ == "layers" ? config_.layers : 0;
+}
+
+void DecoderTrainer::backward_scored(Decoder::ScoredPass& pass, std::span<const float> g, GradientSink& gradient)
+{
+    if (engine_->device() == Device::cpu) {
+        decoder_->backward_scored(pass, g, gradient);
+        return;
+    }
+    const auto parameters = decoder_parameters(config_);
+    StagedGradient staged(parameters, *engine_, gradient);
+    decoder_->backward_scored(pass, g, staged);
 }
 
 void DecoderTrainer::plan_pass(const PackedBatch& batch)

@@ -34,6 +34,8 @@ class DecoderTrainer {
     void initialise(TrainingWeights& weights) const;
     /// Collective. @throws Error io: no room for packed weights.
     void refresh(TrainingWeights& weights);
+    /// The decoder's, with gradients that come down to the host where the engine is on a device.
+    void backward_scored(Decoder::ScoredPass& pass, std::span<const float> g, GradientSink& gradient);
     /// Before a kept pass of this batch: how many layers it recomputes.
     void plan_pass(const PackedBatch& batch);
     /// @throws Error configuration naming the row, when a pass of it alone, or one of a full microbatch, exceeds

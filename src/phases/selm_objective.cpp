@@ -142,7 +142,7 @@ class SelmObjective final : public TrainingObjective {
         std::vector<float> g(batch.owner.size());
         for (std::size_t i = 0; i < g.size(); ++i)
             g[i] = static_cast<float>(scale * slopes[static_cast<std::size_t>(batch.owner[i])]);
-        model_->decoder().backward_scored(*pass, g, gradient);
+        model_->backward_scored(*pass, g, gradient);
         sums[StepSums::tokens] += static_cast<double>(batch.tokens.size());
     }
 

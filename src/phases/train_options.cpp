@@ -77,6 +77,9 @@ void TrainOptions::describe(OptionVisitor& visitor)
     visitor.option("train", "activation-bytes", activation_bytes,
                    "activations of a rank's pass, at most; rows that cannot fit are refused at start (0: no limit)",
                    operational);
+    visitor.option("train", "offload", offload,
+                   "none|optimizer: with --device cuda, master weights, moments and sums of gradients on the host",
+                   operational);
     visitor.option("train", "node-ranks", node_ranks,
                    "ranks that share memory at most, say those of a NUMA domain (0: all of a host)", operational);
     visitor.option("train", "freeze", freeze,
@@ -157,8 +160,17 @@ void TrainOptions::validate() const
                   "--save-dtype " << save_dtype << " is not known. Use one of bf16|fp32");
     SELM_VALIDATE(resume == "auto" || resume == "never", ExitCode::usage,
                   "--resume " << resume << " is not known. Use one of auto|never");
-    SELM_VALIDATE(common.device == "cpu", ExitCode::configuration,
-                  "--device " << common.device << " is not built for training in this version. Use --device cpu");
+    SELM_VALIDATE(offload == "none" || offload == "optimizer", ExitCode::usage,
+                  "--offload " << offload << " is not known. Use one of none|optimizer");
+    const bool on_device = common.device != "cpu";
+    SELM_VALIDATE(on_device || offload == "none", ExitCode::usage,
+                  "--offload " << offload << " is for training on a device (here everything is on the host already). "
+                                             "Leave it out, or pass --device cuda");
+    SELM_VALIDATE(!on_device || (offload == "optimizer" && objective == "selm" && zero <= 2), ExitCode::configuration,
+                  "training on --device " << common.device
+                                          << " is built for --objective selm with --offload optimizer and --zero 0 to 2 "
+                                             "(optimizer state on the device, and parameters cut over devices, are "
+                                             "not). Pass these, or --device cpu");
     SELM_VALIDATE(!reward || encoding.encoding == "chat", ExitCode::usage,
                   "--encoding " << encoding.encoding
                                 << " is for policies (rankers have an encoding of their own). Use --encoding chat");

@@ -40,6 +40,7 @@ struct TrainOptions {
     std::string accumulate_dtype = "fp32"; ///< fp32 | bf16: gradients as they are kept and sent
     std::string recompute = "none";        ///< none | layers | auto: activations that backward computes again
     std::int64_t activation_bytes = 0;     ///< budget of a rank's pass; 0: none
+    std::string offload = "none";          ///< none | optimizer: what is on the host when training on a device
     std::int64_t node_ranks = 0;           ///< ranks that share memory at most; 0: all of a host
     std::vector<std::string> freeze;       ///< patterns of tensors that are not trained
     std::string save_dtype = "bf16";       ///< bf16 | fp32
