@@ -18,6 +18,7 @@
 #include "selm/base/stop.hpp"
 #include "selm/comm/agree.hpp"
 #include "selm/comm/session.hpp"
+#include "selm/comm/watchdog.hpp"
 
 namespace selm::apps {
 
@@ -113,27 +114,28 @@ class KokkosSession {
     KokkosSession& operator=(const KokkosSession&) = delete;
 };
 
-class ThreadsFinder final : public OptionVisitor {
+/// The values of CommonOptions that a program itself needs, wherever its phase holds them.
+class CommonValues final : public OptionVisitor {
   public:
     std::int64_t threads = 1;
+    double collective_timeout = 0;
+
+    explicit CommonValues(const ProgramSpec& spec) { spec.describe(*this); }
     void option(const char*, const char*, std::string&, const char*, OptionRole) override {}
     void option(const char* section, const char* name, std::int64_t& value, const char*, OptionRole) override
     {
         if (std::string(section) == "run" && std::string(name) == "threads")
             threads = value;
     }
-    void option(const char*, const char*, double&, const char*, OptionRole) override {}
+    void option(const char* section, const char* name, double& value, const char*, OptionRole) override
+    {
+        if (std::string(section) == "run" && std::string(name) == "collective-timeout")
+            collective_timeout = value;
+    }
     void option(const char*, const char*, bool&, const char*, OptionRole) override {}
     void option(const char*, const char*, std::vector<double>&, const char*, OptionRole) override {}
     void option(const char*, const char*, std::vector<std::string>&, const char*, OptionRole) override {}
 };
-
-std::int64_t thread_count(const ProgramSpec& spec)
-{
-    ThreadsFinder finder;
-    spec.describe(finder);
-    return finder.threads;
-}
 
 /// Answers that a login node gives, where neither MPI nor a device may start.
 bool is_alone(const ProgramSpec& spec, const OptionTable& table)
@@ -165,9 +167,11 @@ ExitCode run_body(const ProgramSpec& spec, OptionTable& table, const OptionTable
     });
     for (const std::string& warning : table.warnings())
         log_root(LogLevel::warning, warning);
+    const CommonValues values(spec);
+    set_collective_timeout(values.collective_timeout);
     std::optional<KokkosSession> kokkos;
     if (!is_alone(spec, table))
-        kokkos.emplace(thread_count(spec));
+        kokkos.emplace(values.threads);
     const std::string recipe = table.recipe_text();
     ProgramContext context{world, table.config_text(), recipe, hash_hex(recipe)};
     const ExitCode code = body(context);
@@ -197,9 +201,13 @@ int leave_together(const ProgramSpec& spec, const MpiSession& session, ExitCode 
 {
     Communicator& world = session.world();
     const auto start = std::chrono::steady_clock::now();
+    const std::uint64_t inquiries = watchdog_inquiries();
+    if (error)
+        tell_watchdogs_of_error();
     world.sleeping_barrier("end of the program", [&] {
         const std::chrono::duration<double> waited = std::chrono::steady_clock::now() - start;
-        if (error && waited.count() > exit_grace_s()) {
+        const bool missed = watchdog_inquiries() > inquiries; // the others have waited for their timeout already
+        if (error && (missed || waited.count() > exit_grace_s())) {
             std::cerr << "[rank " << world.rank() << "/" << world.size() << "] " << error_line(spec, *error)
                       << "[rank " << world.rank() << "/" << world.size()
                       << "] the other ranks did not come to this end: aborting them\n"

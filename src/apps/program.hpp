@@ -34,8 +34,8 @@ struct ProgramContext {
  * and the end of all ranks with one exit code.
  *
  * An Error is told once: by rank 0 where all ranks have it (the rule), else by the lowest rank that has one. A rank with an
- * Error that the others do not share would leave them waiting for ever: after a grace of 60 s (SELM_EXIT_GRACE_S) it tells
- * its Error and aborts the job. Exceptions other than Error abort at once with code 70.
+ * Error that the others do not share would leave them waiting for ever: after a grace of 60 s (SELM_EXIT_GRACE_S), or
+ * when their watchdog asks for it (--collective-timeout), it tells its Error and aborts the job. Exceptions other than Error abort at once with code 70.
  */
 int run_program(int argc, char** argv, const ProgramSpec& spec, const std::function<ExitCode(ProgramContext&)>& body);
 

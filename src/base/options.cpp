@@ -1,6 +1,7 @@
 #include "selm/base/options.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <initializer_list>
 #include <string_view>
 
@@ -36,6 +37,9 @@ void CommonOptions::describe(OptionVisitor& visitor)
     visitor.option("run", "engine", engine, "matrix kernels: auto|xsmm|aten", OptionRole::operational);
     visitor.option("run", "progress", progress, "progress lines: auto|on|off (auto: rewritten in place on a terminal)",
                    OptionRole::operational);
+    visitor.option("run", "collective-timeout", collective_timeout,
+                   "seconds that a rank waits in one collective before the late rank is named and all end (0: for ever)",
+                   OptionRole::operational);
 }
 
 void CommonOptions::validate() const
@@ -50,6 +54,8 @@ void CommonOptions::validate() const
     validate_word("dtype", dtype, {"bf16", "fp32"});
     validate_word("engine", engine, {"auto", "xsmm", "aten"});
     validate_word("progress", progress, {"auto", "on", "off"});
+    SELM_VALIDATE(std::isfinite(collective_timeout) && collective_timeout >= 0, ExitCode::usage,
+                  "--collective-timeout " << collective_timeout << " is no number of seconds. Use 0 (wait for ever) or more");
 }
 
 void EncodingOptions::describe(OptionVisitor& visitor)

@@ -6,6 +6,7 @@
 
 #include <mpi.h>
 
+#include "pending_operation.hpp"
 #include "selm/comm/communicator.hpp"
 
 namespace selm::comm {
@@ -13,8 +14,8 @@ namespace selm::comm {
 /// A communicator over MPI; owns its MPI_Comm.
 class MpiCommunicator final : public Communicator {
   public:
-    /// Takes ownership of @p comm. Not collective.
-    explicit MpiCommunicator(MPI_Comm comm);
+    /// Takes ownership of @p comm. Not collective. @p name: see CallCounter.
+    MpiCommunicator(MPI_Comm comm, std::uint64_t name);
     ~MpiCommunicator() override;
     MpiCommunicator(const MpiCommunicator&) = delete;
     MpiCommunicator& operator=(const MpiCommunicator&) = delete;
@@ -60,14 +61,20 @@ class MpiCommunicator final : public Communicator {
 
     void check_offsets(std::span<const std::size_t> offsets, std::size_t full, std::size_t shard) const;
     void forget_finished_sends();
-    int next_reduce_tag();
+    /// A tag for a reduce-scatter in rounds, -1 where it needs none. The same on all ranks.
+    int tag_for(const ReducePlan& plan);
+    static void finish(const std::unique_ptr<Operation>& operation, const Call& call);
+    void broadcast_pieces(std::span<std::byte> data, int root, const Call& call);
+    /// recv.size() within the message limit.
+    void gather_blocks(std::span<const std::byte> send, std::span<std::byte> recv, const Call& call);
     std::vector<std::vector<std::byte>> all_to_all_packed(const std::vector<std::vector<std::byte>>& send,
-                                                          std::span<const std::uint64_t> receive_bytes, std::string_view label);
+                                                          std::span<const std::uint64_t> receive_bytes, const Call& call);
     std::vector<std::vector<std::byte>> all_to_all_in_pieces(const std::vector<std::vector<std::byte>>& send,
-                                                             std::span<const std::uint64_t> receive_bytes,
-                                                             std::string_view label);
+                                                             std::span<const std::uint64_t> receive_bytes, const Call& call);
+    int first_rank_of(MPI_Comm part, std::string_view label) const;
 
     MPI_Comm comm_;
+    CallCounter calls_;
     int rank_ = 0;
     int size_ = 1;
     int next_reduce_ = 0;

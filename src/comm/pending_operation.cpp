@@ -1,10 +1,11 @@
 #include "pending_operation.hpp"
 
 #include <algorithm>
+#include <array>
 #include <chrono>
+#include <cmath>
 #include <cstring>
 #include <exception>
-#include <numeric>
 #include <thread>
 #include <type_traits>
 #include <utility>
@@ -19,25 +20,40 @@ namespace selm::comm {
 
 namespace {
 
-float to_float(float value)
-{
-    return value;
-}
-
-float to_float(std::uint16_t value)
-{
-    return float_of_bf16(value);
-}
-
 /// The wire type of T; bf16 has none in MPI and needs none, since MPI does not add.
 template<typename T>
 MPI_Datatype wire_type()
 {
     if constexpr (std::is_same_v<T, float>)
         return MPI_FLOAT;
+    else if constexpr (std::is_same_v<T, double>)
+        return MPI_DOUBLE;
     else
         return MPI_UINT16_T;
 }
+
+/// From values on the wire to the result: what is computed with, and how two of them combine.
+struct SumOfFloats {
+    using Wire = float;
+    using Value = float;
+    Value value(Wire wire) const { return wire; }
+    Value operator()(Value a, Value b) const { return a + b; }
+};
+
+struct SumOfBf16 {
+    using Wire = std::uint16_t;
+    using Value = float;
+    Value value(Wire wire) const { return float_of_bf16(wire); }
+    Value operator()(Value a, Value b) const { return a + b; }
+};
+
+struct ReductionOfDoubles {
+    using Wire = double;
+    using Value = double;
+    ReduceOp op;
+    Value value(Wire wire) const { return wire; }
+    Value operator()(Value a, Value b) const { return combine(a, b, op); }
+};
 
 int rank_in(MPI_Comm comm, std::string_view label)
 {
@@ -53,30 +69,28 @@ bool test_all(std::vector<MPI_Request>& requests, std::string_view label)
     return done != 0;
 }
 
-std::size_t elements_of(std::span<const std::size_t> offsets, std::size_t rank)
-{
-    return offsets[rank + 1] - offsets[rank];
-}
-
-/// result[i] = sum over ranks, in rank order; `others` holds `count` values of each other rank, in rank order.
-template<typename T>
-void add_in_rank_order(std::span<const T> own, const T* others, std::size_t rank, std::size_t ranks, float* result)
+/// result[i] = combination over ranks, in rank order; `others` holds own.size() values of each other rank, in rank order.
+template<typename Reduction>
+void combine_in_rank_order(const Reduction& reduction, std::span<const typename Reduction::Wire> own,
+                           const typename Reduction::Wire* others, std::size_t rank, std::size_t ranks,
+                           typename Reduction::Value* result)
 {
     const std::size_t count = own.size();
-    for (std::size_t i = 0; i < count; ++i) {
-        const T* next = others + i;
-        float sum = 0;
-        for (std::size_t r = 0; r < ranks; ++r) {
-            float value = 0;
-            if (r == rank) {
-                value = to_float(own[i]);
-            } else {
-                value = to_float(*next);
-                next += count;
-            }
-            sum = r == 0 ? value : sum + value; // not 0 + value: that would lose the sign of -0
+    const auto part = [&](std::size_t r) {
+        return r == rank ? own.data() : others + (r < rank ? r : r - 1) * count;
+    };
+    constexpr std::size_t block = 4096; // stays in the first cache while all ranks' parts pass by
+    std::array<typename Reduction::Value, block> sums;
+    for (std::size_t begin = 0; begin < count; begin += block) {
+        const std::size_t n = std::min(block, count - begin);
+        for (std::size_t i = 0; i < n; ++i)
+            sums[i] = reduction.value(part(0)[begin + i]);
+        for (std::size_t r = 1; r < ranks; ++r) {
+            const auto* const values = part(r) + begin;
+            for (std::size_t i = 0; i < n; ++i)
+                sums[i] = reduction(sums[i], reduction.value(values[i]));
         }
-        result[i] = sum;
+        std::copy_n(sums.data(), n, result + begin); // own may be the same memory
     }
 }
 
@@ -101,31 +115,77 @@ class Barrier final : public Request {
     Barrier(MPI_Comm comm, std::string_view label) : Request(label) { SELM_MPI(label_, MPI_Ibarrier(comm, &request_)); }
 };
 
+/// In round k a rank tells the rank 2^k behind it that it and all it has heard of are here (dissemination: Hensgen, Finkel,
+/// Manber 1988). A pair of ranks meets in one round at most, so the order of messages keeps barriers apart.
+class MessageBarrier final : public Operation {
+  public:
+    MessageBarrier(MPI_Comm comm, std::string_view label) : label_(label), comm_(comm), rank_(rank_in(comm, label))
+    {
+        SELM_MPI(label_, MPI_Comm_size(comm, &size_));
+        post();
+    }
+
+    bool advance() override
+    {
+        while (distance_ < size_) {
+            if (!test_all(requests_, label_))
+                return false;
+            distance_ *= 2;
+            post();
+        }
+        return true;
+    }
+
+  private:
+    void post()
+    {
+        if (distance_ >= size_)
+            return;
+        const int to = (rank_ + distance_) % size_;
+        const int from = (rank_ - distance_ + size_) % size_;
+        requests_.assign(2, MPI_REQUEST_NULL);
+        SELM_MPI(label_, MPI_Irecv(nullptr, 0, MPI_BYTE, from, sleep_tag, comm_, &requests_[0]));
+        SELM_MPI(label_, MPI_Isend(nullptr, 0, MPI_BYTE, to, sleep_tag, comm_, &requests_[1]));
+    }
+
+    std::string label_;
+    MPI_Comm comm_;
+    int rank_;
+    int size_ = 1;
+    int distance_ = 1;
+    std::vector<MPI_Request> requests_;
+};
+
+template<typename T>
 class Gather final : public Request {
   public:
     /// The rank's own part of full holds its shard.
-    Gather(MPI_Comm comm, std::span<const std::size_t> offsets, float* full, std::string_view label) : Request(label)
+    Gather(MPI_Comm comm, std::span<const std::size_t> offsets, T* full, std::string_view label) : Request(label)
     {
         for (std::size_t r = 0; r + 1 < offsets.size(); ++r) {
             counts_.push_back(to_count(elements_of(offsets, r)));
             starts_.push_back(to_count(offsets[r] - offsets[0]));
         }
-        SELM_MPI(label_, MPI_Iallgatherv(MPI_IN_PLACE, 0, MPI_FLOAT, full + offsets[0], counts_.data(), starts_.data(), MPI_FLOAT,
-                                         comm, &request_));
+        SELM_MPI(label_, MPI_Iallgatherv(MPI_IN_PLACE, 0, wire_type<T>(), full + offsets[0], counts_.data(), starts_.data(),
+                                         wire_type<T>(), comm, &request_));
     }
 
   private:
     std::vector<int> counts_, starts_;
 };
 
-/// Everyone sends everyone its part (all-to-all), then adds locally: the order of the sum is fixed whatever MPI does.
-template<typename T>
+/// Everyone sends everyone its part (all-to-all), then combines locally: the order is fixed whatever MPI does.
+template<typename Reduction>
 class ReduceScatter final : public Request {
+    using Wire = typename Reduction::Wire;
+    using Value = typename Reduction::Value;
+
   public:
-    ReduceScatter(MPI_Comm comm, std::span<const T> full, std::span<const std::size_t> offsets, std::span<float> shard,
-                  std::string_view label)
-        : Request(label), shard_(shard), rank_(static_cast<std::size_t>(rank_in(comm, label))), ranks_(offsets.size() - 1),
-          own_(full.subspan(offsets[rank_], shard.size())), others_(shard.size() * (ranks_ - 1))
+    ReduceScatter(MPI_Comm comm, Reduction reduction, std::span<const Wire> full, std::span<const std::size_t> offsets,
+                  std::span<Value> shard, std::string_view label)
+        : Request(label), reduction_(reduction), shard_(shard), rank_(static_cast<std::size_t>(rank_in(comm, label))),
+          ranks_(offsets.size() - 1), own_(full.subspan(offsets[rank_], shard.size())),
+          others_(std::make_unique_for_overwrite<Wire[]>(shard.size() * (ranks_ - 1)))
     {
         for (std::size_t r = 0; r < ranks_; ++r) {
             const std::size_t before = r < rank_ ? r : r - 1; // other ranks before r
@@ -134,8 +194,8 @@ class ReduceScatter final : public Request {
             receive_counts_.push_back(r == rank_ ? 0 : to_count(shard.size()));
             receive_starts_.push_back(r == rank_ ? 0 : to_count(before * shard.size()));
         }
-        SELM_MPI(label_, MPI_Ialltoallv(full.data() + offsets[0], send_counts_.data(), send_starts_.data(), wire_type<T>(),
-                                        others_.data(), receive_counts_.data(), receive_starts_.data(), wire_type<T>(), comm,
+        SELM_MPI(label_, MPI_Ialltoallv(full.data() + offsets[0], send_counts_.data(), send_starts_.data(), wire_type<Wire>(),
+                                        others_.get(), receive_counts_.data(), receive_starts_.data(), wire_type<Wire>(), comm,
                                         &request_));
     }
 
@@ -143,34 +203,31 @@ class ReduceScatter final : public Request {
     {
         if (!Request::advance())
             return false;
-        add_in_rank_order<T>(own_, others_.data(), rank_, ranks_, shard_.data());
+        combine_in_rank_order(reduction_, own_, others_.get(), rank_, ranks_, shard_.data());
         return true;
     }
 
   private:
-    std::span<float> shard_;
+    Reduction reduction_;
+    std::span<Value> shard_;
     std::size_t rank_, ranks_;
-    std::span<const T> own_;
-    std::vector<T> others_;
+    std::span<const Wire> own_;
+    std::unique_ptr<Wire[]> others_;
     std::vector<int> send_counts_, send_starts_, receive_counts_, receive_starts_;
 };
 
-/// Elements of a shard that a round moves from each other rank: the buffer for all others is at most as large as `full`.
-std::size_t elements_per_round(std::span<const std::size_t> offsets, std::size_t element_bytes)
-{
-    const std::size_t others = std::max<std::size_t>(1, offsets.size() - 2);
-    const std::size_t total = offsets.back() - offsets.front();
-    return std::max<std::size_t>(1, std::min(max_message_bytes() / element_bytes, total / others));
-}
-
-template<typename T>
+template<typename Reduction>
 class ReduceScatterInRounds final : public Operation {
+    using Wire = typename Reduction::Wire;
+    using Value = typename Reduction::Value;
+
   public:
-    ReduceScatterInRounds(MPI_Comm comm, std::span<const T> full, std::span<const std::size_t> offsets, std::span<float> shard,
-                          int tag, std::string_view label)
-        : label_(label), comm_(comm), tag_(tag), shard_(shard), rank_(static_cast<std::size_t>(rank_in(comm, label))),
-          ranks_(offsets.size() - 1), own_(full.subspan(offsets[rank_], shard.size())),
-          round_(elements_per_round(offsets, sizeof(T))), others_(std::min(round_, shard.size()) * (ranks_ - 1))
+    ReduceScatterInRounds(MPI_Comm comm, Reduction reduction, std::span<const Wire> full, std::span<const std::size_t> offsets,
+                          std::span<Value> shard, std::size_t round, int tag, std::string_view label)
+        : label_(label), comm_(comm), tag_(tag), reduction_(reduction), shard_(shard),
+          rank_(static_cast<std::size_t>(rank_in(comm, label))), ranks_(offsets.size() - 1),
+          own_(full.subspan(offsets[rank_], shard.size())), round_(round),
+          others_(std::make_unique_for_overwrite<Wire[]>(std::min(round_, shard.size()) * (ranks_ - 1)))
     {
         post_receives();
         for (std::size_t step = 1; step < ranks_; ++step) { // not all to rank 0 first
@@ -178,7 +235,7 @@ class ReduceScatterInRounds final : public Operation {
             const auto part = full.subspan(offsets[r], elements_of(offsets, r));
             for (std::size_t done = 0; done < part.size(); done += round_) {
                 const std::size_t count = std::min(round_, part.size() - done);
-                SELM_MPI(label_, MPI_Isend(part.data() + done, to_count(count), wire_type<T>(), static_cast<int>(r), tag_, comm_,
+                SELM_MPI(label_, MPI_Isend(part.data() + done, to_count(count), wire_type<Wire>(), static_cast<int>(r), tag_, comm_,
                                            &sends_.emplace_back(MPI_REQUEST_NULL)));
             }
         }
@@ -190,7 +247,7 @@ class ReduceScatterInRounds final : public Operation {
             if (!test_all(receives_, label_))
                 return false;
             const std::size_t count = round_elements();
-            add_in_rank_order<T>(own_.subspan(done_, count), others_.data(), rank_, ranks_, shard_.data() + done_);
+            combine_in_rank_order(reduction_, own_.subspan(done_, count), others_.get(), rank_, ranks_, shard_.data() + done_);
             done_ += count;
             post_receives();
         }
@@ -209,8 +266,8 @@ class ReduceScatterInRounds final : public Operation {
         for (std::size_t r = 0; r < ranks_; ++r) {
             if (r == rank_)
                 continue;
-            T* const buffer = others_.data() + receives_.size() * count;
-            SELM_MPI(label_, MPI_Irecv(buffer, to_count(count), wire_type<T>(), static_cast<int>(r), tag_, comm_,
+            Wire* const buffer = others_.get() + receives_.size() * count;
+            SELM_MPI(label_, MPI_Irecv(buffer, to_count(count), wire_type<Wire>(), static_cast<int>(r), tag_, comm_,
                                        &receives_.emplace_back(MPI_REQUEST_NULL)));
         }
     }
@@ -218,12 +275,13 @@ class ReduceScatterInRounds final : public Operation {
     std::string label_;
     MPI_Comm comm_;
     int tag_;
-    std::span<float> shard_;
+    Reduction reduction_;
+    std::span<Value> shard_;
     std::size_t rank_, ranks_;
-    std::span<const T> own_;
+    std::span<const Wire> own_;
     std::size_t round_;
     std::size_t done_ = 0;
-    std::vector<T> others_;
+    std::unique_ptr<Wire[]> others_;
     std::vector<MPI_Request> receives_, sends_;
 };
 
@@ -289,55 +347,28 @@ class Exchange final : public Operation {
     bool received_ = false;
 };
 
+template<typename Reduction>
+std::unique_ptr<Operation> make_reduce_scatter(MPI_Comm comm, Reduction reduction, std::span<const typename Reduction::Wire> full,
+                                               std::span<const std::size_t> offsets,
+                                               std::span<typename Reduction::Value> shard, ReducePlan plan, int tag,
+                                               std::string_view label)
+{
+    if (plan.in_rounds)
+        return std::make_unique<ReduceScatterInRounds<Reduction>>(comm, reduction, full, offsets, shard, plan.round, tag, label);
+    return std::make_unique<ReduceScatter<Reduction>>(comm, reduction, full, offsets, shard, label);
+}
+
 template<typename T>
-std::unique_ptr<Operation> make_reduce_scatter(MPI_Comm comm, std::span<const T> full, std::span<const std::size_t> offsets,
-                                               std::span<float> shard, int tag, std::string_view label)
-{
-    if (reduce_scatter_needs_tag(offsets, sizeof(T)))
-        return std::make_unique<ReduceScatterInRounds<T>>(comm, full, offsets, shard, tag, label);
-    return std::make_unique<ReduceScatter<T>>(comm, full, offsets, shard, label);
-}
-
-std::vector<MpiPending*>& in_flight()
-{
-    static std::vector<MpiPending*> list;
-    return list;
-}
-
-} // namespace
-
-bool reduce_scatter_needs_tag(std::span<const std::size_t> offsets, std::size_t element_bytes)
-{
-    std::size_t longest = 0;
-    for (std::size_t r = 0; r + 1 < offsets.size(); ++r)
-        longest = std::max(longest, elements_of(offsets, r));
-    const std::size_t total = offsets.back() - offsets.front();
-    return total * element_bytes > max_message_bytes() || longest * (offsets.size() - 2) > total;
-}
-
-std::unique_ptr<Operation> start_reduce_scatter(MPI_Comm comm, std::span<const float> full, std::span<const std::size_t> offsets,
-                                                std::span<float> shard, int tag, std::string_view label)
-{
-    return make_reduce_scatter<float>(comm, full, offsets, shard, tag, label);
-}
-
-std::unique_ptr<Operation> start_reduce_scatter(MPI_Comm comm, std::span<const std::uint16_t> full,
-                                                std::span<const std::size_t> offsets, std::span<float> shard, int tag,
-                                                std::string_view label)
-{
-    return make_reduce_scatter<std::uint16_t>(comm, full, offsets, shard, tag, label);
-}
-
-std::unique_ptr<Operation> start_gather(MPI_Comm comm, std::span<const float> shard, std::span<const std::size_t> offsets,
-                                        std::span<float> full, std::string_view label)
+std::unique_ptr<Operation> make_gather(MPI_Comm comm, std::span<const T> shard, std::span<const std::size_t> offsets,
+                                       std::span<T> full, std::string_view label)
 {
     const int rank = rank_in(comm, label);
     const std::size_t ranks = offsets.size() - 1;
     const auto own = full.subspan(offsets[static_cast<std::size_t>(rank)], shard.size());
-    if (!shard.empty())
-        std::memmove(own.data(), shard.data(), shard.size_bytes()); // shard may lie inside full
-    if ((offsets.back() - offsets.front()) * sizeof(float) <= max_message_bytes())
-        return std::make_unique<Gather>(comm, offsets, full.data(), label);
+    if (!shard.empty() && own.data() != shard.data())
+        std::memmove(own.data(), shard.data(), shard.size_bytes()); // they may overlap
+    if ((offsets.back() - offsets.front()) * sizeof(T) <= max_message_bytes())
+        return std::make_unique<Gather<T>>(comm, offsets, full.data(), label);
     std::vector<Communicator::Outgoing> outgoing;
     std::vector<Communicator::Incoming> incoming;
     for (std::size_t step = 1; step < ranks; ++step) {
@@ -348,6 +379,55 @@ std::unique_ptr<Operation> start_gather(MPI_Comm comm, std::span<const float> sh
             {static_cast<int>(from), std::as_writable_bytes(full.subspan(offsets[from], elements_of(offsets, from)))});
     }
     return std::make_unique<Exchange>(comm, outgoing, incoming, gather_tag, label);
+}
+
+std::vector<MpiPending*>& in_flight()
+{
+    static std::vector<MpiPending*> list;
+    return list;
+}
+
+} // namespace
+
+double combine(double a, double b, ReduceOp op)
+{
+    if (op == ReduceOp::sum)
+        return a + b;
+    if (std::isnan(a) || std::isnan(b))
+        return a + b; // a non-finite number on one rank is seen on all
+    return op == ReduceOp::min ? std::min(a, b) : std::max(a, b);
+}
+
+std::unique_ptr<Operation> start_reduce_scatter(MPI_Comm comm, std::span<const float> full, std::span<const std::size_t> offsets,
+                                                std::span<float> shard, ReducePlan plan, int tag, std::string_view label)
+{
+    return make_reduce_scatter(comm, SumOfFloats{}, full, offsets, shard, plan, tag, label);
+}
+
+std::unique_ptr<Operation> start_reduce_scatter(MPI_Comm comm, std::span<const std::uint16_t> full,
+                                                std::span<const std::size_t> offsets, std::span<float> shard, ReducePlan plan,
+                                                int tag, std::string_view label)
+{
+    return make_reduce_scatter(comm, SumOfBf16{}, full, offsets, shard, plan, tag, label);
+}
+
+std::unique_ptr<Operation> start_reduce_scatter(MPI_Comm comm, std::span<const double> full, std::span<const std::size_t> offsets,
+                                                std::span<double> shard, ReduceOp op, ReducePlan plan, int tag,
+                                                std::string_view label)
+{
+    return make_reduce_scatter(comm, ReductionOfDoubles{op}, full, offsets, shard, plan, tag, label);
+}
+
+std::unique_ptr<Operation> start_gather(MPI_Comm comm, std::span<const float> shard, std::span<const std::size_t> offsets,
+                                        std::span<float> full, std::string_view label)
+{
+    return make_gather(comm, shard, offsets, full, label);
+}
+
+std::unique_ptr<Operation> start_gather(MPI_Comm comm, std::span<const double> shard, std::span<const std::size_t> offsets,
+                                        std::span<double> full, std::string_view label)
+{
+    return make_gather(comm, shard, offsets, full, label);
 }
 
 std::unique_ptr<Operation> start_exchange(MPI_Comm comm, std::span<const Communicator::Outgoing> outgoing,
@@ -361,9 +441,16 @@ std::unique_ptr<Operation> start_barrier(MPI_Comm comm, std::string_view label)
     return std::make_unique<Barrier>(comm, label);
 }
 
-MpiPending::MpiPending(std::unique_ptr<Operation> operation, MPI_Comm comm, int tag, std::string_view label)
-    : operation_(std::move(operation)), comm_(comm), tag_(tag), label_(label), exceptions_at_start_(std::uncaught_exceptions())
+std::unique_ptr<Operation> start_message_barrier(MPI_Comm comm, std::string_view label)
 {
+    return std::make_unique<MessageBarrier>(comm, label);
+}
+
+MpiPending::MpiPending(std::unique_ptr<Operation> operation, const Call& call, int tag)
+    : operation_(std::move(operation)), label_(call.label), call_(call), tag_(tag),
+      exceptions_at_start_(std::uncaught_exceptions())
+{
+    call_.label = label_;
     in_flight().push_back(this);
 }
 
@@ -397,15 +484,20 @@ void MpiPending::advance()
 
 bool MpiPending::test()
 {
-    if (operation_)
-        advance_all_in_flight();
+    if (!operation_)
+        return true;
+    answer_watchdogs();
+    advance_all_in_flight();
     return !operation_;
 }
 
 void MpiPending::wait()
 {
-    while (!test())
-        std::this_thread::yield();
+    const auto done = [this] {
+        advance();
+        return !operation_;
+    };
+    wait_until(call_, Pausing::bulk, done);
 }
 
 void advance_all_in_flight()

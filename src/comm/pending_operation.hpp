@@ -8,7 +8,9 @@
 #include <mpi.h>
 
 #include "own_tags.hpp"
+#include "reduce_plan.hpp"
 #include "selm/comm/communicator.hpp"
+#include "watch.hpp"
 
 namespace selm::comm {
 
@@ -35,38 +37,49 @@ class Operation {
  */
 
 /// The label is used in errors. All factories post their first communication before they return.
+/// @p tag is used where plan.in_rounds.
 std::unique_ptr<Operation> start_reduce_scatter(MPI_Comm comm, std::span<const float> full, std::span<const std::size_t> offsets,
-                                                std::span<float> shard, int tag, std::string_view label);
+                                                std::span<float> shard, ReducePlan plan, int tag, std::string_view label);
 std::unique_ptr<Operation> start_reduce_scatter(MPI_Comm comm, std::span<const std::uint16_t> full,
-                                                std::span<const std::size_t> offsets, std::span<float> shard, int tag,
+                                                std::span<const std::size_t> offsets, std::span<float> shard, ReducePlan plan,
+                                                int tag, std::string_view label);
+/// The same with any reduction; minimum and maximum of NaN and a number are NaN.
+std::unique_ptr<Operation> start_reduce_scatter(MPI_Comm comm, std::span<const double> full, std::span<const std::size_t> offsets,
+                                                std::span<double> shard, ReduceOp op, ReducePlan plan, int tag,
                                                 std::string_view label);
-/// True where start_reduce_scatter sends point to point and so needs a tag of its own. The same on all ranks.
-bool reduce_scatter_needs_tag(std::span<const std::size_t> offsets, std::size_t element_bytes);
 std::unique_ptr<Operation> start_gather(MPI_Comm comm, std::span<const float> shard, std::span<const std::size_t> offsets,
                                         std::span<float> full, std::string_view label);
+std::unique_ptr<Operation> start_gather(MPI_Comm comm, std::span<const double> shard, std::span<const std::size_t> offsets,
+                                        std::span<double> full, std::string_view label);
 std::unique_ptr<Operation> start_exchange(MPI_Comm comm, std::span<const Communicator::Outgoing> outgoing,
                                           std::span<const Communicator::Incoming> incoming, int tag, std::string_view label);
 std::unique_ptr<Operation> start_barrier(MPI_Comm comm, std::string_view label);
+/// A barrier of messages: ranks that are here never meet ranks that are in another collective, as they would in a
+/// collective of MPI. So a rank may come here alone, with an error.
+std::unique_ptr<Operation> start_message_barrier(MPI_Comm comm, std::string_view label);
+
+double combine(double a, double b, ReduceOp op);
 
 /// An operation as the user holds it; in the list of those in flight until it is done. Used by one thread, as MPI is.
 class MpiPending final : public PendingCollective {
   public:
-    MpiPending(std::unique_ptr<Operation> operation, MPI_Comm comm, int tag, std::string_view label);
+    /// Keeps a copy of the call's label.
+    MpiPending(std::unique_ptr<Operation> operation, const Call& call, int tag);
     ~MpiPending() override;
     MpiPending(const MpiPending&) = delete;
     MpiPending& operator=(const MpiPending&) = delete;
     bool test() override;
     void wait() override;
 
-    bool uses_tag(MPI_Comm comm, int tag) const { return comm_ == comm && tag_ == tag; }
+    bool uses_tag(MPI_Comm comm, int tag) const { return call_.comm == comm && tag_ == tag; }
     /// One step; leaves the list when done.
     void advance();
 
   private:
     std::unique_ptr<Operation> operation_; ///< null when done
-    MPI_Comm comm_;
-    int tag_; ///< -1: none of its own
     std::string label_;
+    Call call_;
+    int tag_; ///< -1: none of its own
     int exceptions_at_start_;
 };
 

@@ -9,6 +9,7 @@
 #include "mpi_communicator.hpp"
 #include "selm/base/error.hpp"
 #include "selm/base/log.hpp"
+#include "watch.hpp"
 
 namespace selm {
 
@@ -21,7 +22,8 @@ MpiSession::MpiSession(int& argc, char**& argv)
     SELM_MPI("MPI start", MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN));
     MPI_Comm copy = MPI_COMM_NULL; // a copy, so that other libraries' messages on MPI_COMM_WORLD never meet ours
     SELM_MPI("MPI start", MPI_Comm_dup(MPI_COMM_WORLD, &copy));
-    world_ = std::make_unique<comm::MpiCommunicator>(copy);
+    world_ = std::make_unique<comm::MpiCommunicator>(copy, 1);
+    comm::start_watch();
     set_log_rank(world_->rank(), world_->size());
 }
 
@@ -30,6 +32,7 @@ MpiSession::~MpiSession()
     if (std::uncaught_exceptions() > 0)
         return;
     world_.reset();
+    comm::end_watch();
     MPI_Finalize();
 }
 

@@ -35,6 +35,7 @@ struct CommonOptions {
     std::string dtype = "bf16";        ///< bf16 | fp32
     std::string engine = "auto";       ///< auto | xsmm | aten
     std::string progress = "auto";     ///< auto | on | off
+    double collective_timeout = 1800;  ///< seconds that a rank waits in one collective; 0: for ever
 
     void describe(OptionVisitor& visitor);
     /// @throws Error usage on a word that is not listed above; Error configuration when CUDA is asked for but not built.

@@ -40,7 +40,8 @@ class Communicator {
     bool is_root() const { return rank() == 0; }
 
     virtual void barrier(std::string_view label) = 0;
-    /// Barrier whose waiting ranks sleep between tests and call @p poll (may be empty) while they wait.
+    /// Barrier whose waiting ranks sleep between tests and call @p poll (may be empty) while they wait. It meets no other
+    /// collective: a rank may come here while the others are in one, and wait.
     virtual void sleeping_barrier(std::string_view label, const std::function<void()>& poll) = 0;
 
     virtual void broadcast(std::span<std::byte> data, int root, std::string_view label) = 0;

@@ -1,5 +1,6 @@
 #include <csignal>
 #include <functional>
+#include <limits>
 #include <regex>
 #include <string>
 #include <vector>
@@ -128,8 +129,9 @@ TEST(Options, CommonOnesAreDescribed)
     encoding.describe(recorder);
     EXPECT_EQ(recorder.names,
               (std::vector<std::string>{"run.seed", "run.threads operational", "run.device operational", "run.dtype",
-                                        "run.engine operational", "run.progress operational", "run.encoding", "run.chat-format",
-                                        "run.bos-token", "run.eos-token", "run.max-length", "run.max-prompt-length",
+                                        "run.engine operational", "run.progress operational",
+                                        "run.collective-timeout operational", "run.encoding", "run.chat-format", "run.bos-token",
+                                        "run.eos-token", "run.max-length", "run.max-prompt-length",
                                         "run.on-long-row operational"}));
 }
 
@@ -148,6 +150,8 @@ TEST(Options, DefaultsAreValidAndBadWordsAreNot)
     EXPECT_EQ(common([](CommonOptions& o) { o.progress = "yes"; }), ExitCode::usage);
     EXPECT_EQ(common([](CommonOptions& o) { o.threads = 0; }), ExitCode::usage);
     EXPECT_EQ(common([](CommonOptions& o) { o.seed = -1; }), ExitCode::usage);
+    EXPECT_EQ(common([](CommonOptions& o) { o.collective_timeout = -1; }), ExitCode::usage);
+    EXPECT_EQ(common([](CommonOptions& o) { o.collective_timeout = std::numeric_limits<double>::quiet_NaN(); }), ExitCode::usage);
 #ifndef SELM_ENABLE_CUDA
     EXPECT_EQ(common([](CommonOptions& o) { o.device = "cuda"; }), ExitCode::configuration);
 #endif
