@@ -6,6 +6,7 @@
 #include <chrono>
 #include <csignal>
 #include <ctime>
+#include <filesystem>
 #include <fstream>
 #include <map>
 #include <sstream>
@@ -23,6 +24,7 @@ extern char** environ;
 namespace selm {
 namespace {
 
+namespace fs = std::filesystem;
 using Clock = std::chrono::steady_clock;
 
 bool is_job_id(const std::string& text)
@@ -131,6 +133,25 @@ std::vector<std::string> fields_of(const std::string& line)
     return fields;
 }
 
+/// Starts of the run that say by which job they were, in RUN/attempts: pairs of a word and its value.
+void add_attempts(std::vector<JobStatus>& jobs, const std::string& run)
+{
+    std::map<std::string, std::map<std::string, std::string>> starts; // by the name of their file: in order
+    std::error_code error;
+    for (fs::directory_iterator entry(run + "/attempts", error), end; !error && entry != end; entry.increment(error)) {
+        std::ifstream in(entry->path());
+        for (std::string word, value; in >> word >> value;)
+            starts[entry->path().filename().string()][word] = value;
+    }
+    for (auto& [name, start] : starts) {
+        if (!is_job_id(start["job"]))
+            continue;
+        JobStatus& job = job_named(jobs, start["job"]);
+        if (const auto at = utc_seconds(start["at"]))
+            job.started = std::max(job.started.value_or(*at), *at);
+    }
+}
+
 std::string first_line(const std::string& text)
 {
     return text.substr(0, text.find('\n'));
@@ -207,6 +228,7 @@ std::vector<JobStatus> jobs_of_run(const std::string& run)
             id.clear();
         }
     }
+    add_attempts(jobs, run);
     return jobs;
 }
 

@@ -8,7 +8,8 @@
 
 namespace selm {
 
-/// Jobs that RUN/slurm/jobs (submit_chain.sh) and RUN/slurm/provenance.txt (every start of a job) name; no states yet.
+/// Jobs that RUN/slurm/jobs (submit_chain.sh), RUN/slurm/provenance.txt (every start of a job) and RUN/attempts (every start of the run)
+/// name; no states yet.
 std::vector<JobStatus> jobs_of_run(const std::string& run);
 
 /// A program's end: what it wrote, and how it ended.

@@ -45,7 +45,7 @@ class RunStatusTest : public ::testing::Test {
     void write_rows(const std::string& name, std::int64_t rows, const std::vector<std::string>& groups = {})
     {
         std::filesystem::create_directories(std::filesystem::path(path(name)).parent_path());
-        h5::write_and_publish(path(name), *comm, "", [&](h5::File& file) {
+        h5::write_and_publish(path(name), *comm, [&](h5::File& file) {
             file.write_blocks("/prompts/row", std::vector<std::int64_t>(static_cast<std::size_t>(rows)));
             for (const std::string& group : groups)
                 file.create_group(group);
@@ -170,6 +170,14 @@ TEST_F(RunStatusTest, WithoutTimesOfMakingTheJobsStartCounts)
     write("slurm/provenance.txt", "--- 2023-11-14T20:00:00Z job 9 restart 0\nscript selm-iter, recipe r\n--- 2023-11-14T22:11:40Z job 9 restart 1\n");
     EXPECT_DOUBLE_EQ(phase(read(), 1, "generate").rate.value(), 4 / 100.0); // now is 22:13:20
     EXPECT_EQ(read().jobs.at(0).what, "selm-iter");
+    // Starts of the run itself, by a job's script and by hand.
+    write("attempts/000001", "host n job 9 restart 2 at 2023-11-14T22:12:30Z\n");
+    write("attempts/000002", "host n pid 4 at 2023-11-14T22:12:31Z\n");
+    write("attempts/000003", "host n pid 4 at 2023-11-14T22:12:40Z job 10 restart 0\n");
+    EXPECT_DOUBLE_EQ(phase(read(), 1, "generate").rate.value(), 4 / 40.0);
+    ASSERT_EQ(read().jobs.size(), 2U);
+    EXPECT_DOUBLE_EQ(read().jobs[0].started.value(), now - 50);
+    EXPECT_EQ(read().jobs[1].id, "10");
 }
 
 TEST_F(RunStatusTest, ADeadRunHasNoTimeLeft)
