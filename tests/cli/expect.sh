@@ -43,6 +43,35 @@ mpi() {
     "${SELM_MPIEXEC:-mpirun}" --oversubscribe --bind-to none -np "$ranks" "$@"
 }
 
+# make_tiny_run ROWS MAX_NEW_TOKENS: policy/, reward/ and recipe.cfg here: two iterations on real rows, three held-out prompts.
+make_tiny_run() {
+    "$SELM_TOOL_DIR/selm_tiny_model_tool" policy seed=1
+    "$SELM_TOOL_DIR/selm_tiny_model_tool" reward seed=2 classifier
+    cat >recipe.cfg <<CFG
+[run]
+policy = policy
+train = $SELM_SOURCE_DIR/data/ultrafeedback_sample.jsonl
+train-rows = 0:$1
+test = $SELM_SOURCE_DIR/data/ultrafeedback_sample.jsonl
+test-rows = 96:99
+iterations = 2   # a comment
+max-length = 192
+max-prompt-length = 96
+dtype = fp32
+[import]
+on-empty-answer = keep
+[gen]
+max-new-tokens = $2
+on-long-prompt = skip
+[rank]
+ranker = reward:reward
+[train]
+learning-rate = 1e-3,5e-4
+global-batch = 2
+save-dtype = fp32
+CFG
+}
+
 finish() {
     echo "$checks checks, $failures failures"
     [ "$failures" -eq 0 ] && [ "$checks" -gt 0 ]

@@ -7,31 +7,7 @@ bin=$SELM_BIN_DIR
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd "$work"
-"$SELM_TOOL_DIR/selm_tiny_model_tool" policy seed=1
-"$SELM_TOOL_DIR/selm_tiny_model_tool" reward seed=2 classifier
-cat > recipe.cfg <<CFG
-[run]
-policy = policy
-train = $SELM_SOURCE_DIR/data/ultrafeedback_sample.jsonl
-train-rows = 0:13
-test = $SELM_SOURCE_DIR/data/ultrafeedback_sample.jsonl
-test-rows = 96:99
-iterations = 2
-max-length = 192
-max-prompt-length = 96
-dtype = fp32
-[import]
-on-empty-answer = keep
-[gen]
-max-new-tokens = 24
-on-long-prompt = skip
-[rank]
-ranker = reward:reward
-[train]
-learning-rate = 1e-3,5e-4
-global-batch = 2
-save-dtype = fp32
-CFG
+make_tiny_run 13 24
 
 iter() { # iter RANKS RUN ARGUMENTS...
     local ranks=$1 run=$2

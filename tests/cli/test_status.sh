@@ -8,29 +8,10 @@ bin=$SELM_BIN_DIR
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd "$work"
-"$SELM_TOOL_DIR/selm_tiny_model_tool" policy seed=1
 rows=96
-cat >recipe.cfg <<CFG
-[run]
-policy = policy
-train = $SELM_SOURCE_DIR/data/ultrafeedback_sample.jsonl
-train-rows = 0:$rows
-iterations = 1
-max-length = 192
-max-prompt-length = 96
-dtype = fp32
-[import]
-on-empty-answer = keep
-[gen]
-max-new-tokens = 48
-on-long-prompt = skip
-[rank]
-update-rule = offline
-[train]
-global-batch = 1
-checkpoint-every = 10
-save-dtype = fp32
-CFG
+make_tiny_run $rows 48
+sed -i -e '/^test/d' -e 's/^iterations.*/iterations = 1/' -e 's/^ranker.*/update-rule = offline/' \
+    -e 's/^learning-rate.*/checkpoint-every = 10/' -e 's/^global-batch.*/global-batch = 1/' recipe.cfg
 
 # start_and_freeze FILE: begins or continues the run and stops its ranks once FILE has content.
 start_and_freeze() {

@@ -21,33 +21,7 @@ in_cluster() {
 }
 
 # make_recipe MAX_NEW_TOKENS ROWS
-make_recipe() {
-    "$SELM_TOOL_DIR/selm_tiny_model_tool" policy seed=1
-    "$SELM_TOOL_DIR/selm_tiny_model_tool" reward seed=2 classifier
-    cat >recipe.cfg <<CFG
-[run]
-policy = policy
-train = $SELM_SOURCE_DIR/data/ultrafeedback_sample.jsonl
-train-rows = 0:$2
-test = $SELM_SOURCE_DIR/data/ultrafeedback_sample.jsonl
-test-rows = 96:99
-iterations = 2   # a comment
-max-length = 192
-max-prompt-length = 96
-dtype = fp32
-[import]
-on-empty-answer = keep
-[gen]
-max-new-tokens = $1
-on-long-prompt = skip
-[rank]
-ranker = reward:reward
-[train]
-learning-rate = 1e-3,5e-4
-global-batch = 2
-save-dtype = fp32
-CFG
-}
+make_recipe() { make_tiny_run "$2" "$1"; }
 
 # make_long_recipe ROWS: every phase takes some seconds, so that something can happen meanwhile.
 make_long_recipe() {

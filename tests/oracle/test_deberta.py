@@ -1,8 +1,8 @@
 """The DeBERTa encoder and the pair head against transformers' DebertaV2Model with PairRM's head on it in PyTorch."""
 
+import functools
 import json
 import os
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,6 +10,7 @@ import pytest
 np = pytest.importorskip("numpy")
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+import tool_requests  # noqa: E402 (needs numpy)
 from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers.models.deberta_v2 import modeling_deberta_v2  # noqa: E402
 
@@ -22,17 +23,7 @@ pytestmark = pytest.mark.skipif(not TOOL.exists(), reason=f"{TOOL} is not built"
 PREFIX_IDS = dict(source_prefix_id=204, cand1_prefix_id=205, cand2_prefix_id=206, cand_prefix_id=207)
 
 
-def run_tool(tmp_path: Path, request: dict, expect: int = 0) -> tuple[np.ndarray, str]:
-    """Raw f32 results and stdout (or, on an expected failure, stderr)."""
-    output, path = tmp_path / "output.bin", tmp_path / "request.json"
-    path.write_text(json.dumps({"output": str(output), **request}))
-    result = subprocess.run([str(TOOL), str(path)], capture_output=True, text=True, timeout=600)
-    assert result.returncode == expect, result.stderr
-    if expect:
-        return np.zeros(0), result.stderr
-    values = np.fromfile(output, dtype=np.float32) if output.exists() else np.zeros(0, np.float32)
-    output.unlink(missing_ok=True)
-    return values, result.stdout
+run_tool = functools.partial(tool_requests.run, TOOL)
 
 
 class PairRM(torch.nn.Module):

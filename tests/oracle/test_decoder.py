@@ -1,8 +1,8 @@
 """The decoder against transformers: logits, log-probs, gradients, rewards, and directories that each reads of the other."""
 
+import functools
 import json
 import os
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,8 @@ import pytest
 np = pytest.importorskip("numpy")
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+
+import tool_requests  # noqa: E402 (needs numpy)
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = Path(os.environ.get("SELM_TOOL_DIR", ROOT / "build" / "release" / "tests")) / "selm_model_tool"
@@ -22,18 +24,7 @@ needs_smollm2 = pytest.mark.skipif(not (SMOLLM2 / "model.safetensors").exists(),
                                    reason=f"no SmolLM2 in {SMOLLM2} (scripts/make_smollm2.py makes it)")
 
 
-def run_tool(tmp_path: Path, request: dict, expect: int = 0) -> tuple[np.ndarray, str]:
-    """Raw f32 results and stdout (or, on an expected failure, stderr)."""
-    output = tmp_path / "output.bin"
-    path = tmp_path / "request.json"
-    path.write_text(json.dumps({"output": str(output), **request}))
-    result = subprocess.run([str(TOOL), str(path)], capture_output=True, text=True, timeout=600)
-    assert result.returncode == expect, result.stderr
-    if expect:
-        return np.zeros(0), result.stderr
-    values = np.fromfile(output, dtype=np.float32) if output.exists() else np.zeros(0, np.float32)
-    output.unlink(missing_ok=True)
-    return values, result.stdout
+run_tool = functools.partial(tool_requests.run, TOOL)
 
 
 @dataclass

@@ -9,7 +9,7 @@
 #include <gtest/gtest.h>
 
 #include "generate_journal.hpp"
-#include "mpi_test.hpp"
+#include "phase_fixture.hpp"
 #include "selm/base/error.hpp"
 #include "selm/comm/agree.hpp"
 #include "selm/data/iteration.hpp"
@@ -18,7 +18,6 @@
 #include "selm/phases/shared_model.hpp"
 #include "selm/text/encoding.hpp"
 #include "selm/text/utf8.hpp"
-#include "temporary_directory.hpp"
 #include "tiny_model.hpp"
 
 namespace selm {
@@ -49,16 +48,13 @@ std::vector<PreferenceRow> make_rows()
 }
 
 /// One directory for all ranks, made and removed by rank 0, with prefs.h5 and a model.
-class Generate : public ::testing::Test {
+class Generate : public test::PhaseFixture<> {
   protected:
     void SetUp() override
     {
+        PhaseFixture::SetUp();
         Communicator& world = test_world();
-        root_ = root_string(world, "directory of the test", [&] {
-            directory_ = std::make_unique<test::TemporaryDirectory>();
-            test::make_tiny_model(directory_->path("model"));
-            return directory_->path("");
-        });
+        on_root([&] { test::make_tiny_model(path("model")); });
         write_preferences(path("prefs.h5"), world.is_root() ? make_rows() : std::vector<PreferenceRow>(), {}, world);
         options_.common.progress = "off";
         options_.common.dtype = "fp32";
@@ -66,20 +62,6 @@ class Generate : public ::testing::Test {
         options_.policy = path("model");
         options_.output = path("iter.h5");
         options_.max_new_tokens = 24;
-    }
-    void TearDown() override { test_world().barrier("end of the test"); }
-
-    std::string path(const std::string& name) const { return root_ + name; }
-    void on_root(const std::function<void()>& body)
-    {
-        agree(test_world(), "rank 0 of the test", [&] {
-            if (test_world().is_root())
-                body();
-        });
-    }
-    std::string digest(const std::string& file)
-    {
-        return root_string(test_world(), "digest", [&] { return IterationReader(file).digest(); });
     }
     /// What rank 0 gets alone.
     void run_alone(const GenerateOptions& options)
@@ -89,34 +71,16 @@ class Generate : public ::testing::Test {
             run_generate(options, *single);
         });
     }
-    /// The error that every rank must get.
-    std::optional<Error> error_of(const GenerateOptions& options)
+    static std::optional<Error> error_of(const GenerateOptions& options)
     {
-        std::optional<Error> error;
-        try {
-            run_generate(options, test_world());
-        } catch (const Error& caught) {
-            error.emplace(caught);
-        }
-        const auto ranks =
-            all_reduce_value(test_world(), std::int64_t{error ? 1 : 0}, ReduceOp::sum, "ranks with an error");
-        EXPECT_TRUE(ranks == 0 || ranks == test_world().size()) << ranks;
-        return error;
+        return PhaseFixture::error_of([&] { run_generate(options, test_world()); });
     }
-    void expect_error(const GenerateOptions& options, ExitCode code, const std::vector<std::string>& words)
+    static void expect_error(const GenerateOptions& options, ExitCode code, const std::vector<std::string>& words)
     {
-        const auto error = error_of(options);
-        ASSERT_TRUE(error) << "no error; expected: " << words.front();
-        EXPECT_EQ(error->code(), code) << error->what();
-        for (const std::string& word : words)
-            EXPECT_NE(std::string(error->what()).find(word), std::string::npos) << error->what();
+        PhaseFixture::expect_error(code, words, [&] { run_generate(options, test_world()); });
     }
 
-    std::string root_;
     GenerateOptions options_;
-
-  private:
-    std::unique_ptr<test::TemporaryDirectory> directory_;
 };
 
 /// Engines of this build and machine whose rows do not depend on their company.

@@ -2,25 +2,22 @@
 #include <cmath>
 #include <filesystem>
 #include <functional>
-#include <memory>
 #include <string>
 #include <vector>
 
 #include <gtest/gtest.h>
 #include <nlohmann/json.hpp>
 
-#include "mpi_test.hpp"
+#include "phase_fixture.hpp"
 #include "selm/base/error.hpp"
 #include "selm/base/files.hpp"
 #include "selm/base/rng.hpp"
-#include "selm/comm/agree.hpp"
 #include "selm/data/iteration.hpp"
 #include "selm/data/journal.hpp"
 #include "selm/data/preferences.hpp"
 #include "selm/model/deberta.hpp"
 #include "selm/phases/inspect.hpp"
 #include "selm/phases/rank.hpp"
-#include "shared_directory.hpp"
 
 namespace selm {
 namespace {
@@ -94,11 +91,11 @@ void make_tiny_ranker(const std::string& directory, std::uint64_t seed)
         DType::f32);
 }
 
-class PairRm : public ::testing::TestWithParam<const char*> {
+class PairRm : public test::PhaseFixture<::testing::TestWithParam<const char*>> {
   protected:
     void SetUp() override
     {
-        directory_ = std::make_unique<test::SharedDirectory>(test_world());
+        PhaseFixture::SetUp();
         on_root([&] {
             make_tiny_ranker(path("ranker"), 5);
             write_preferences(path("prefs.h5"), preference_rows(), {}, *make_single_communicator());
@@ -109,7 +106,6 @@ class PairRm : public ::testing::TestWithParam<const char*> {
         options_.rank_mode = GetParam();
         make_iteration(options_.iter);
     }
-    void TearDown() override { directory_.reset(); }
 
     static std::string letters(std::int64_t row, std::int64_t column, std::int64_t length)
     {
@@ -141,33 +137,9 @@ class PairRm : public ::testing::TestWithParam<const char*> {
     }
     void make_iteration(const std::string& file)
     {
-        on_root([&] {
-            const PreferencesReader prefs(path("prefs.h5"));
-            std::vector<std::int64_t> rows;
-            std::vector<GeneratedAnswer> answers;
-            for (std::int64_t i = 0; i < row_count; ++i) {
-                rows.push_back(i);
-                const bool exists = i != row_without_answer;
-                answers.push_back({.row = i,
-                                   .text = exists ? answer(i) : "",
-                                   .tokens = {},
-                                   .logprobs = {},
-                                   .finish_reason = exists ? FinishReason::elsewhere : FinishReason::none});
-            }
-            write_iteration(file, prefs, rows, answers, {}, {}, *make_single_communicator());
+        write_given_answers(file, path("prefs.h5"), row_count, [](std::int64_t i) {
+            return i != row_without_answer ? std::optional(answer(i)) : std::nullopt;
         });
-    }
-    std::string path(const std::string& name) const { return directory_->path(name); }
-    void on_root(const std::function<void()>& body)
-    {
-        agree(test_world(), "rank 0 of the test", [&] {
-            if (test_world().is_root())
-                body();
-        });
-    }
-    std::string digest(const std::string& file)
-    {
-        return root_string(test_world(), "digest", [&] { return IterationReader(file).digest(); });
     }
     std::string digest_of_one_rank()
     {
@@ -179,9 +151,6 @@ class PairRm : public ::testing::TestWithParam<const char*> {
     }
 
     RankOptions options_;
-
-  private:
-    std::unique_ptr<test::SharedDirectory> directory_;
 };
 
 TEST_P(PairRm, ScoresDependOnNeitherRanksNorMicrobatches)

@@ -5,14 +5,13 @@
 #include <fstream>
 #include <functional>
 #include <limits>
-#include <memory>
 #include <optional>
 #include <set>
 #include <sstream>
 
 #include <gtest/gtest.h>
 
-#include "mpi_test.hpp"
+#include "phase_fixture.hpp"
 #include "selm/base/error.hpp"
 #include "selm/base/stop.hpp"
 #include "selm/comm/agree.hpp"
@@ -21,7 +20,6 @@
 #include "selm/data/preferences.hpp"
 #include "selm/phases/inspect.hpp"
 #include "selm/phases/logprob.hpp"
-#include "shared_directory.hpp"
 #include "tiny_model.hpp"
 
 namespace selm {
@@ -57,12 +55,12 @@ bool same(const Scores& a, const Scores& b)
 }
 
 /// An iteration file with answers made elsewhere (two rows have none), scores of all rows, and a reward model.
-class Rank : public ::testing::Test {
+class Rank : public test::PhaseFixture<> {
   protected:
     void SetUp() override
     {
-        directory_ = std::make_unique<test::SharedDirectory>(test_world());
-        on_root([&] { write_preferences(path("prefs.h5"), preference_rows(), {}, *make_single_communicator()); });
+        PhaseFixture::SetUp();
+        on_root([&] { write_preferences(path("prefs.h5"), test::question_rows(row_count, 60, 50), {}, *make_single_communicator()); });
         make_iteration(path("iter.h5"));
         on_root([&] {
             std::ofstream out(path("scores.jsonl"));
@@ -76,7 +74,6 @@ class Rank : public ::testing::Test {
         options_.iter = path("iter.h5");
         options_.rankers = {"file:" + path("scores.jsonl")};
     }
-    void TearDown() override { directory_.reset(); }
 
     static std::string score_line(const std::string& key, const Scores& scores)
     {
@@ -90,35 +87,12 @@ class Rank : public ::testing::Test {
         return line.str();
     }
 
-    static std::vector<PreferenceRow> preference_rows()
-    {
-        std::vector<PreferenceRow> rows;
-        for (std::int64_t i = 0; i < row_count; ++i) {
-            PreferenceRow row;
-            row.row_source = i;
-            row.id = cat("id", i);
-            row.prompt = cat("Question ", i, std::string(static_cast<std::size_t>(i * 13 % 60), 'q'));
-            row.messages = {{Role::user, row.prompt}};
-            row.chosen = cat("good ", i, std::string(static_cast<std::size_t>(i * 7 % 50), 'g'));
-            row.rejected = i == 4 ? row.chosen : cat("bad ", i, std::string(static_cast<std::size_t>(i * 5 % 31), 'b'));
-            rows.push_back(row);
-        }
-        return rows;
-    }
-
     void make_iteration(const std::string& file, bool answered = true)
     {
-        on_root([&] {
-            const PreferencesReader prefs(path("prefs.h5"));
-            std::vector<std::int64_t> rows;
-            std::vector<GeneratedAnswer> answers;
-            for (std::int64_t i = 0; i < row_count; ++i) {
-                rows.push_back(i);
-                const bool exists = answered && has_answer(i);
-                answers.push_back({.row = i, .text = exists && i != 7 ? cat("answer ", i) : "", .tokens = {}, .logprobs = {},
-                                   .finish_reason = exists ? FinishReason::elsewhere : FinishReason::none});
-            }
-            write_iteration(file, prefs, rows, answers, {}, {}, *make_single_communicator());
+        write_given_answers(file, path("prefs.h5"), row_count, [&](std::int64_t i) -> std::optional<std::string> {
+            if (!answered || !has_answer(i))
+                return std::nullopt;
+            return i != 7 ? cat("answer ", i) : "";
         });
     }
 
@@ -128,33 +102,6 @@ class Rank : public ::testing::Test {
         options_.rankers = {"reward:" + path("reward")};
     }
 
-    std::string path(const std::string& name) const { return directory_->path(name); }
-    void on_root(const std::function<void()>& body)
-    {
-        agree(test_world(), "rank 0 of the test", [&] {
-            if (test_world().is_root())
-                body();
-        });
-    }
-    std::string digest(const std::string& file)
-    {
-        return root_string(test_world(), "digest", [&] { return IterationReader(file).digest(); });
-    }
-    /// The error that every rank must get, with these words in its message.
-    void expect_error(ExitCode code, const std::vector<std::string>& words, const std::function<void()>& body)
-    {
-        std::optional<Error> error;
-        try {
-            body();
-        } catch (const Error& caught) {
-            error.emplace(caught);
-        }
-        const auto ranks = all_reduce_value(test_world(), std::int64_t{error ? 1 : 0}, ReduceOp::sum, "ranks with an error");
-        ASSERT_EQ(ranks, test_world().size()) << "no error where one was expected: " << words.front();
-        EXPECT_EQ(error->code(), code) << error->what();
-        for (const std::string& word : words)
-            EXPECT_NE(std::string(error->what()).find(word), std::string::npos) << error->what();
-    }
     void expect_pairs(const std::function<std::pair<int, int>(std::int64_t)>& expected)
     {
         const auto pairs = IterationReader(options_.iter).pairs();
@@ -166,9 +113,6 @@ class Rank : public ::testing::Test {
     }
 
     RankOptions options_;
-
-  private:
-    std::unique_ptr<test::SharedDirectory> directory_;
 };
 
 /// First argmax and argmin of three scores, written down by hand for the rows where it is easy to get wrong.

@@ -10,7 +10,7 @@
 
 #include <gtest/gtest.h>
 
-#include "mpi_test.hpp"
+#include "phase_fixture.hpp"
 #include "selm/base/error.hpp"
 #include "selm/base/files.hpp"
 #include "selm/comm/agree.hpp"
@@ -19,13 +19,12 @@
 #include "selm/phases/logprob.hpp"
 #include "selm/phases/rank.hpp"
 #include "selm/phases/train.hpp"
-#include "shared_directory.hpp"
 #include "tiny_model.hpp"
 
 namespace selm::test {
 
 /// A tiny random model, 11 rows with answers made elsewhere (two rows have none), ranked by scores of a file.
-class TrainingFixture : public ::testing::Test {
+class TrainingFixture : public PhaseFixture<> {
   protected:
     static constexpr std::int64_t row_count = 11;
 
@@ -39,7 +38,7 @@ class TrainingFixture : public ::testing::Test {
                 make_tiny_model(base_->path("model"));
         });
         write_preferences(base_->path("prefs.h5"),
-                          test_world().is_root() ? preference_rows() : std::vector<PreferenceRow>(), {}, test_world());
+                          test_world().is_root() ? question_rows(row_count, 40, 23) : std::vector<PreferenceRow>(), {}, test_world());
         make_iteration(base_->path("prefs.h5"), base_->path("iter.h5"));
         rank(base_->path("iter.h5"), base_->path("scores.jsonl"), "best-worst");
         agree(test_world(), "copy", [] {
@@ -64,7 +63,7 @@ class TrainingFixture : public ::testing::Test {
 
     void SetUp() override
     {
-        directory_ = std::make_unique<SharedDirectory>(test_world());
+        PhaseFixture::SetUp();
         on_root([&] {
             std::filesystem::copy(base_->path("model"), path("model"));
             for (const char* file : {"prefs.h5", "iter.h5", "scored.h5"})
@@ -86,11 +85,6 @@ class TrainingFixture : public ::testing::Test {
         train_options_.epochs = 3;
         train_options_.save_dtype = "fp32";
     }
-    void TearDown() override
-    {
-        test_world().barrier("end of the test");
-        directory_.reset();
-    }
 
     static CommonOptions common()
     {
@@ -98,22 +92,6 @@ class TrainingFixture : public ::testing::Test {
         options.dtype = "fp32";
         options.progress = "off";
         return options;
-    }
-
-    static std::vector<PreferenceRow> preference_rows()
-    {
-        std::vector<PreferenceRow> rows;
-        for (std::int64_t i = 0; i < row_count; ++i) {
-            PreferenceRow row;
-            row.row_source = i;
-            row.id = cat("id", i);
-            row.prompt = cat("Question ", i, std::string(static_cast<std::size_t>(i * 13 % 40), 'q'));
-            row.messages = {{Role::user, row.prompt}};
-            row.chosen = cat("good ", i, std::string(static_cast<std::size_t>(i * 7 % 23), 'g'));
-            row.rejected = i == 4 ? row.chosen : cat("bad ", i, std::string(static_cast<std::size_t>(i * 5 % 31), 'b'));
-            rows.push_back(row);
-        }
-        return rows;
     }
 
     static void make_iteration(const std::string& prefs_file, const std::string& file)
@@ -160,37 +138,11 @@ class TrainingFixture : public ::testing::Test {
         run_rank(options, test_world());
     }
 
-    std::string path(const std::string& name) const { return directory_->path(name); }
-    void on_root(const std::function<void()>& body)
-    {
-        agree(test_world(), "rank 0 of the test", [&] {
-            if (test_world().is_root())
-                body();
-        });
-    }
-
-    /// The error that every rank must get, with these words in its message.
-    void expect_error(ExitCode code, const std::vector<std::string>& words, const std::function<void()>& body)
-    {
-        std::optional<Error> error;
-        try {
-            body();
-        } catch (const Error& caught) {
-            error.emplace(caught);
-        }
-        const auto ranks =
-            all_reduce_value(test_world(), std::int64_t{error ? 1 : 0}, ReduceOp::sum, "ranks with an error");
-        ASSERT_EQ(ranks, test_world().size()) << "no error where one was expected: " << words.front();
-        EXPECT_EQ(error->code(), code) << error->what();
-        for (const std::string& word : words)
-            EXPECT_NE(std::string(error->what()).find(word), std::string::npos) << error->what();
-    }
 
     LogProbOptions logprob_options_;
     TrainOptions train_options_;
 
   private:
-    std::unique_ptr<SharedDirectory> directory_;
     inline static std::unique_ptr<SharedDirectory> base_;
 };
 

@@ -19,6 +19,7 @@
 
 #include <nlohmann/json.hpp>
 
+#include "json_tool.hpp"
 #include "selm/base/error.hpp"
 #include "selm/base/files.hpp"
 #include "selm/kernels/engine.hpp"
@@ -217,19 +218,8 @@ void answer(const Json& request)
 
 int main(int argc, char** argv)
 {
-    if (argc != 2) {
-        std::cerr << "usage: selm_pair_tool REQUEST.json\n";
-        return 64;
-    }
-    try {
+    return selm::test::tool_main(argc, argv, "selm_pair_tool REQUEST.json", [](const std::string& file) {
         const selm::KernelRuntime runtime(1);
-        answer(Json::parse(selm::read_file(argv[1])));
-    } catch (const selm::Error& error) {
-        std::cerr << error.what() << "\n";
-        return static_cast<int>(error.code());
-    } catch (const std::exception& error) {
-        std::cerr << error.what() << "\n";
-        return 70;
-    }
-    return 0;
+        answer(Json::parse(selm::read_file(file)));
+    });
 }

@@ -14,6 +14,7 @@
 
 #include <nlohmann/json.hpp>
 
+#include "json_tool.hpp"
 #include "selm/base/error.hpp"
 #include "selm/text/encoding.hpp"
 #include "selm/text/recipe_encoding.hpp"
@@ -22,6 +23,7 @@
 namespace {
 
 using Json = nlohmann::json;
+using selm::test::text_of;
 
 std::vector<selm::Message> read_messages(const Json& list)
 {
@@ -34,17 +36,6 @@ std::vector<selm::Message> read_messages(const Json& list)
         messages.push_back({who, entry["content"]});
     }
     return messages;
-}
-
-std::string text_of(const Json& request)
-{
-    if (!request.contains("hex"))
-        return request["text"];
-    const std::string hex = request["hex"];
-    std::string bytes;
-    for (std::size_t i = 0; i + 1 < hex.size(); i += 2)
-        bytes.push_back(static_cast<char>(std::stoi(hex.substr(i, 2), nullptr, 16)));
-    return bytes;
 }
 
 selm::SpecialText special_text(const Json& request)
@@ -106,20 +97,8 @@ Json answer(const Json& request, const selm::Tokenizer& tokenizer, const std::st
 
 int main(int argc, char** argv)
 {
-    if (argc != 2) {
-        std::cerr << "usage: selm_tokenize_tool MODEL_DIR\n";
-        return 64;
-    }
-    try {
-        const selm::Tokenizer tokenizer = selm::Tokenizer::from_directory(argv[1]);
-        for (std::string line; std::getline(std::cin, line);)
-            std::cout << answer(Json::parse(line), tokenizer, argv[1]).dump() << "\n";
-    } catch (const selm::Error& error) {
-        std::cerr << error.what() << "\n";
-        return static_cast<int>(error.code());
-    } catch (const std::exception& error) {
-        std::cerr << error.what() << "\n";
-        return 70;
-    }
-    return 0;
+    return selm::test::tool_main(argc, argv, "selm_tokenize_tool MODEL_DIR", [](const std::string& directory) {
+        const selm::Tokenizer tokenizer = selm::Tokenizer::from_directory(directory);
+        selm::test::answer_lines([&](const Json& request) { return answer(request, tokenizer, directory); });
+    });
 }

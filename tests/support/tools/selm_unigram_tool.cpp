@@ -8,23 +8,13 @@
 
 #include <nlohmann/json.hpp>
 
-#include "selm/base/error.hpp"
+#include "json_tool.hpp"
 #include "selm/text/unigram_tokenizer.hpp"
 
 namespace {
 
 using Json = nlohmann::json;
-
-std::string text_of(const Json& request)
-{
-    if (!request.contains("hex"))
-        return request["text"];
-    const std::string hex = request["hex"];
-    std::string bytes;
-    for (std::size_t i = 0; i + 1 < hex.size(); i += 2)
-        bytes.push_back(static_cast<char>(std::stoi(hex.substr(i, 2), nullptr, 16)));
-    return bytes;
-}
+using selm::test::text_of;
 
 Json answer(const Json& request, const selm::UnigramTokenizer& tokenizer)
 {
@@ -41,20 +31,8 @@ Json answer(const Json& request, const selm::UnigramTokenizer& tokenizer)
 
 int main(int argc, char** argv)
 {
-    if (argc != 2) {
-        std::cerr << "usage: selm_unigram_tool MODEL_DIR\n";
-        return 64;
-    }
-    try {
-        const selm::UnigramTokenizer tokenizer = selm::UnigramTokenizer::from_directory(argv[1]);
-        for (std::string line; std::getline(std::cin, line);)
-            std::cout << answer(Json::parse(line), tokenizer).dump() << "\n";
-    } catch (const selm::Error& error) {
-        std::cerr << error.what() << "\n";
-        return static_cast<int>(error.code());
-    } catch (const std::exception& error) {
-        std::cerr << error.what() << "\n";
-        return 70;
-    }
-    return 0;
+    return selm::test::tool_main(argc, argv, "selm_unigram_tool MODEL_DIR", [](const std::string& directory) {
+        const selm::UnigramTokenizer tokenizer = selm::UnigramTokenizer::from_directory(directory);
+        selm::test::answer_lines([&](const Json& request) { return answer(request, tokenizer); });
+    });
 }

@@ -1,19 +1,19 @@
 #include "selm/rank/pairrm_inputs.hpp"
 
 #include <cmath>
-#include <functional>
 #include <limits>
 
 #include <gtest/gtest.h>
 #include <nlohmann/json.hpp>
 
+#include "error_message.hpp"
 #include "selm/algo/selection.hpp"
-#include "selm/base/error.hpp"
 #include "temporary_directory.hpp"
 
 namespace selm {
 namespace {
 
+using test::message_of;
 using Ids = std::vector<std::int32_t>;
 
 constexpr std::int32_t cls = 1, sep = 2, unknown = 3, space_a = 4, space_b = 5, source = 6, candidate1 = 7,
@@ -59,17 +59,6 @@ class PairInputs : public ::testing::Test {
         return config;
     }
     PairEncoder encoder(PairLimits limits, PairRankMode mode) const { return {tokenizer_, tokens(), limits, mode}; }
-    static std::string message_of(ExitCode code, const std::function<void()>& body)
-    {
-        try {
-            body();
-        } catch (const Error& error) {
-            EXPECT_EQ(error.code(), code) << error.what();
-            return error.what();
-        }
-        ADD_FAILURE() << "no error";
-        return {};
-    }
     static std::string words(int count)
     {
         std::string text;

@@ -5,13 +5,14 @@
 
 #include <gtest/gtest.h>
 
-#include "selm/base/error.hpp"
+#include "error_message.hpp"
 #include "selm/rank/file_ranker.hpp"
 #include "temporary_directory.hpp"
 
 namespace selm {
 namespace {
 
+using test::message_of;
 constexpr double nan = std::numeric_limits<double>::quiet_NaN();
 using Scores = std::array<double, 3>;
 
@@ -26,20 +27,6 @@ RankRow row_with(std::int64_t row, const std::string& id, bool generated = true)
 std::string write_lines(const test::TemporaryDirectory& directory, const std::string& lines)
 {
     return directory.write("scores.jsonl", lines);
-}
-
-/// The message of the Error that `body` throws; fails when none comes.
-template<typename Body>
-std::string message_of(ExitCode code, Body&& body)
-{
-    try {
-        body();
-    } catch (const Error& error) {
-        EXPECT_EQ(error.code(), code) << error.what();
-        return error.what();
-    }
-    ADD_FAILURE() << "no error";
-    return {};
 }
 
 TEST(AggregateScores, OneRankerKeepsItsRawScores)

@@ -1,29 +1,16 @@
 #include <gtest/gtest.h>
 
-#include "selm/base/error.hpp"
+#include "encoding_test_support.hpp"
 #include "selm/text/encoding.hpp"
 #include "temporary_directory.hpp"
 
 namespace selm {
 namespace {
 
-using Ids = std::vector<std::int32_t>;
-
-const std::string tiny_directory = std::string(SELM_SOURCE_DIR) + "/tests/data/tiny_tokenizer";
-
-const std::vector<Message> greeting{{Role::user, "Hi"}};
-
-std::string message_of(const auto& action, ExitCode code)
-{
-    try {
-        action();
-    } catch (const Error& error) {
-        EXPECT_EQ(error.code(), code);
-        return error.what();
-    }
-    ADD_FAILURE() << "no error";
-    return "";
-}
+using test::greeting;
+using test::Ids;
+using test::message_of;
+using test::tiny_directory;
 
 TEST(ChatFormat, ChatmlRendersEveryMessageAlike)
 {
@@ -52,7 +39,7 @@ TEST(ChatFormat, Smollm2AddsItsSystemTextUnlessTheFirstMessageIsOne)
 
 TEST(ChatFormat, UnknownNamesListTheFormats)
 {
-    const std::string message = message_of([] { ChatFormat::by_name("alpaca"); }, ExitCode::configuration);
+    const std::string message = message_of(ExitCode::configuration, [] { ChatFormat::by_name("alpaca"); });
     for (const std::string& name : ChatFormat::names())
         EXPECT_NE(message.find(name), std::string::npos) << message;
     for (const std::string& name : ChatFormat::names())
@@ -65,13 +52,13 @@ TEST(ChatFormat, IsRecognisedFromTheDirectory)
     EXPECT_EQ(ChatFormat::recognise(tiny_directory, tokenizer).name(), "chatml");
     const test::TemporaryDirectory other;
     const auto recognise = [&] { ChatFormat::recognise(other.path(""), tokenizer); };
-    EXPECT_NE(message_of(recognise, ExitCode::configuration).find("no chat template"), std::string::npos);
+    EXPECT_NE(message_of(ExitCode::configuration, recognise).find("no chat template"), std::string::npos);
     other.write("tokenizer_config.json", R"({"chat_template": "{{ messages }}"})");
-    EXPECT_NE(message_of(recognise, ExitCode::configuration).find("--chat-format NAME"), std::string::npos);
+    EXPECT_NE(message_of(ExitCode::configuration, recognise).find("--chat-format NAME"), std::string::npos);
     other.write("tokenizer_config.json", R"({"chat_template": 7})");
-    EXPECT_NE(message_of(recognise, ExitCode::configuration).find("chat_template"), std::string::npos);
+    EXPECT_NE(message_of(ExitCode::configuration, recognise).find("chat_template"), std::string::npos);
     other.write("tokenizer_config.json", "{\"chat_");
-    EXPECT_NE(message_of(recognise, ExitCode::configuration).find("damaged"), std::string::npos);
+    EXPECT_NE(message_of(ExitCode::configuration, recognise).find("damaged"), std::string::npos);
 }
 
 TEST(ChatEncoding, PromptHasTheHeaderAndKeepsItsLastTokens)
@@ -112,7 +99,7 @@ TEST(ChatEncoding, EachAnswerOfARowIsCutAlone)
 TEST(ChatEncoding, LimitsWithoutRoomAreRefused)
 {
     for (const EncodingLimits limits : {EncodingLimits{512, 512}, EncodingLimits{512, 0}, EncodingLimits{0, -1}})
-        EXPECT_NE(message_of([&] { limits.validate(); }, ExitCode::usage).find("max-prompt-length"), std::string::npos);
+        EXPECT_NE(message_of(ExitCode::usage, [&] { limits.validate(); }).find("max-prompt-length"), std::string::npos);
     EXPECT_NO_THROW((EncodingLimits{2, 1}.validate()));
 }
 
@@ -122,10 +109,10 @@ TEST(ChatEncoding, TokenizerWithoutTheEndTokenIsRefused)
         R"({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "pre_tokenizer": null})", "small");
     EXPECT_EQ(tokenizer.encode("aba"), (Ids{0, 0}));
     EXPECT_EQ(tokenizer.decode(Ids{0, 0}), "a a");
-    EXPECT_NE(message_of([&] { end_of_turn_id(tokenizer, ChatFormat::by_name("chatml")); }, ExitCode::configuration)
+    EXPECT_NE(message_of(ExitCode::configuration, [&] { end_of_turn_id(tokenizer, ChatFormat::by_name("chatml")); })
                   .find("<|im_end|>"),
               std::string::npos);
-    EXPECT_NE(message_of([&] { ChatFormat::recognise(tiny_directory, tokenizer); }, ExitCode::configuration)
+    EXPECT_NE(message_of(ExitCode::configuration, [&] { ChatFormat::recognise(tiny_directory, tokenizer); })
                   .find("<|im_end|>"),
               std::string::npos);
 }

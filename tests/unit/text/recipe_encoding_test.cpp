@@ -4,29 +4,16 @@
 
 #include <gtest/gtest.h>
 
-#include "selm/base/error.hpp"
+#include "encoding_test_support.hpp"
 #include "temporary_directory.hpp"
 
 namespace selm {
 namespace {
 
-using Ids = std::vector<std::int32_t>;
-
-const std::string tiny_directory = std::string(SELM_SOURCE_DIR) + "/tests/data/tiny_tokenizer";
-
-const std::vector<Message> greeting{{Role::user, "Hi"}};
-
-std::string message_of(const auto& action, ExitCode code)
-{
-    try {
-        action();
-    } catch (const Error& error) {
-        EXPECT_EQ(error.code(), code);
-        return error.what();
-    }
-    ADD_FAILURE() << "no error";
-    return "";
-}
+using test::greeting;
+using test::Ids;
+using test::message_of;
+using test::tiny_directory;
 
 Ids numbers(std::int32_t begin, std::int32_t count)
 {
@@ -73,7 +60,7 @@ TEST(RecipeEncoding, SplitsOneTokenEarlierWhereTheLastOneMerged)
 TEST(RecipeEncoding, AJoinedTextShorterThanItsPromptIsRefused)
 {
     const std::string message =
-        message_of([] { split_at_prompt(Ids{1, 2, 3}, Ids{1, 9}); }, ExitCode::bad_data);
+        message_of(ExitCode::bad_data, [] { split_at_prompt(Ids{1, 2, 3}, Ids{1, 9}); });
     EXPECT_NE(message.find("2 tokens, the prompt alone 3"), std::string::npos) << message;
 }
 
@@ -85,7 +72,7 @@ TEST(RecipeEncoding, PromptsOfBestAndWorstMayDifferInOneToken)
     EXPECT_NO_THROW(check_same_prompt(Ids{1, 2, 3}, Ids{1, 2, 9}));
     EXPECT_NO_THROW(check_same_prompt(Ids{1, 9, 3}, Ids{1, 2}));
     const auto refused = [](const Ids& a, const Ids& b) {
-        return message_of([&] { check_same_prompt(a, b); }, ExitCode::bad_data);
+        return message_of(ExitCode::bad_data, [&] { check_same_prompt(a, b); });
     };
     EXPECT_NE(refused({1, 2, 3}, {1}).find("3 and 1 tokens, 0 of them different"), std::string::npos);
     EXPECT_NE(refused({1, 8, 9}, {1, 2, 3}).find("3 and 3 tokens, 2 of them different"), std::string::npos);
@@ -214,7 +201,7 @@ TEST_F(RecipeRow, ErrorsOfTheSteps)
 {
     EXPECT_THROW(encode(std::nullopt, "a", "b", 0, 2), Error);
     const EncodingLimits no_room{.max_length = 5, .max_prompt_length = 5};
-    message_of([&] { encode(std::nullopt, "a", "b", 1, 2, no_room); }, ExitCode::usage);
+    message_of(ExitCode::usage, [&] { encode(std::nullopt, "a", "b", 1, 2, no_room); });
 }
 
 TEST(RecipeIds, AreNamedOrTheTokenizersOrTheFormats)
@@ -231,7 +218,7 @@ TEST(RecipeIds, AreNamedOrTheTokenizersOrTheFormats)
     EXPECT_EQ(ids("none", "<note>"), Pair(std::nullopt, 274));
     for (const char* wrong : {"275", "99999999999999999999", "-1", "<s>", "none"})
         EXPECT_NE(
-            message_of([&] { ids("", wrong); }, ExitCode::configuration).find(std::string("--eos-token ") + wrong),
+            message_of(ExitCode::configuration, [&] { ids("", wrong); }).find(std::string("--eos-token ") + wrong),
             std::string::npos);
     // A tokenizer.json alone says nothing: the format does, or nobody.
     const test::TemporaryDirectory bare;
@@ -242,11 +229,11 @@ TEST(RecipeIds, AreNamedOrTheTokenizersOrTheFormats)
     const Tokenizer alone = Tokenizer::from_directory(bare.path(""));
     const RecipeIds zephyr = recipe_ids(alone, ChatFormat::by_name("zephyr"), "", "");
     EXPECT_EQ(std::pair(zephyr.bos, zephyr.eos), Pair(1, 2));
-    EXPECT_NE(message_of([&] { recipe_ids(alone, chatml, "", "2"); }, ExitCode::configuration).find("--bos-token"),
+    EXPECT_NE(message_of(ExitCode::configuration, [&] { recipe_ids(alone, chatml, "", "2"); }).find("--bos-token"),
               std::string::npos);
-    EXPECT_NE(message_of([&] { recipe_ids(alone, chatml, "1", ""); }, ExitCode::configuration).find("--eos-token"),
+    EXPECT_NE(message_of(ExitCode::configuration, [&] { recipe_ids(alone, chatml, "1", ""); }).find("--eos-token"),
               std::string::npos);
-    EXPECT_NE(message_of([&] { recipe_ids(alone, ChatFormat::by_name("llama3"), "", ""); }, ExitCode::configuration)
+    EXPECT_NE(message_of(ExitCode::configuration, [&] { recipe_ids(alone, ChatFormat::by_name("llama3"), "", ""); })
                   .find("128000"),
               std::string::npos);
 }

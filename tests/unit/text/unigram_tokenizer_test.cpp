@@ -6,12 +6,13 @@
 #include <gtest/gtest.h>
 #include <nlohmann/json.hpp>
 
-#include "selm/base/error.hpp"
+#include "error_message.hpp"
 #include "temporary_directory.hpp"
 
 namespace selm {
 namespace {
 
+using test::message_of;
 using Ids = std::vector<std::int32_t>;
 using Json = nlohmann::json;
 
@@ -31,18 +32,6 @@ Json tokenizer_json()
                   "vocab": [["[UNK]", 0.0], ["\u2581", -2.0], ["a", -3.0], ["b", -3.0], ["ab", -6.0], ["\u2581a", -4.0],
                             ["\u2581ab", -4.5], ["ba", -6.0]]}
     })");
-}
-
-std::string message_of(ExitCode code, const std::function<void()>& body)
-{
-    try {
-        body();
-    } catch (const Error& error) {
-        EXPECT_EQ(error.code(), code) << error.what();
-        return error.what();
-    }
-    ADD_FAILURE() << "no error";
-    return {};
 }
 
 class Unigram : public ::testing::Test {
