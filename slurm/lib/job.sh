@@ -159,6 +159,8 @@ selm_step() {
         launcher+=("${SELM_MPIRUN_OPTIONS[@]}")
     fi
     say "$(date -u +%H:%M:%S) ${launcher[*]} $program $*"
+    export SELM_DONE_FILE=$run/slurm/done-step-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
+    rm -f "$SELM_DONE_FILE"
     "${launcher[@]}" "$program" "$@" &
     selm_pid=$!
     while :; do # wait returns early when a trap runs
@@ -168,6 +170,9 @@ selm_step() {
     done
     selm_pid=
     say "$(date -u +%H:%M:%S) exit code $selm_rc"
+    # srun may say 0 when it could not start the program at all, for example while slurmd is being restarted.
+    if [ "$selm_rc" = 0 ] && [ ! -e "$SELM_DONE_FILE" ]; then selm_rc=lost; fi
+    rm -f "$SELM_DONE_FILE"
 }
 
 # --- the end -------------------------------------------------------------------------------------------------------
@@ -309,6 +314,7 @@ selm_end() {
         75) selm_requeue "stopped, everything is saved" ;;
         64 | 65 | 78) die "$selm_rc" "exit code $selm_rc; the reason is above. Not run again: it would end the same way" ;;
         205) selm_requeue "mpirun lost a node" ;;
+        lost) selm_requeue "the launcher reports success, but the program has not come to its end" ;;
         137 | 138 | 143)
             # One rank left with 75, and the launcher killed the others on their way out.
             if [ "$selm_signalled" = 1 ]; then selm_requeue "stopped, everything finished is saved"; fi

@@ -3,6 +3,7 @@
 #include <chrono>
 #include <cstdlib>
 #include <exception>
+#include <fstream>
 #include <optional>
 #include <vector>
 
@@ -226,6 +227,13 @@ int leave_together(const ProgramSpec& spec, const MpiSession& session, ExitCode 
     return static_cast<int>(codes[static_cast<std::size_t>(speaker)]);
 }
 
+/// For job scripts: srun may report success when it could not start a single rank.
+void mark_as_done()
+{
+    if (const char* const file = std::getenv("SELM_DONE_FILE"); file != nullptr && *file != '\0')
+        std::ofstream(file) << "done\n"; // one that cannot be written is no success to the script
+}
+
 int run_with_mpi(int argc, char** argv, const ProgramSpec& spec, OptionTable& table, const OptionTable::Request& request,
                  const std::function<ExitCode(ProgramContext&)>& body)
 {
@@ -243,7 +251,10 @@ int run_with_mpi(int argc, char** argv, const ProgramSpec& spec, OptionTable& ta
             if (!newer.empty() && error.code() != ExitCode::stopped)
                 failure = Error(ExitCode::stopped, cat(newer, "; this one stops and changes nothing there (", error.what(), ")"));
         }
-        return leave_together(spec, session, code, failure);
+        const int left_with = leave_together(spec, session, code, failure);
+        if (left_with == 0 && world.is_root())
+            mark_as_done();
+        return left_with;
     } catch (const std::bad_alloc&) {
         std::cerr << "[rank " << world.rank() << "/" << world.size() << "] " << spec.name
                   << ": error: out of memory. Use fewer ranks on a node, fewer slots or smaller microbatches [exit code 70]\n"

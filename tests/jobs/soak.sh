@@ -2,14 +2,14 @@
 # usage: soak.sh [FAULTS [SEED]]   (default 24 faults, seed 1)
 #
 # Random faults at random moments, on runs that go one after the other until all faults have happened; every run has to end with the data,
-# weights and steps of an undisturbed one. The sequence of faults, nodes and pauses is a function of the seed; where in a phase
-# a fault hits also depends on the machine. Prints one line per fault and per run; SELM_SOAK_LOG names a file that gets them too.
+# weights and steps of an undisturbed one. Faults and pauses follow from the seed as long as runs end after the
+# same faults; where in a phase a fault hits depends on the machine. Prints one line per fault and per run; SELM_SOAK_LOG names a file that gets them too.
 set -euo pipefail
 export SOAK_FAULTS=${1:-${SOAK_FAULTS:-24}} SOAK_SEED=${2:-${SOAK_SEED:-1}}
 # shellcheck source=tests/jobs/support.sh
 source "$(dirname "${BASH_SOURCE[0]}")/support.sh"
 in_cluster 3 3500 "${BASH_SOURCE[0]}"
-make_long_recipe 48
+make_long_recipe 24 8
 make_reference
 RANDOM=$SOAK_SEED
 kinds=(usr1 requeue power_last power_first cable slurmd slurmd_back controller scancel)
@@ -18,7 +18,7 @@ tell() {
     echo "$*"
     if [ -n "${SELM_SOAK_LOG:-}" ]; then echo "$*" >>"$SELM_SOAK_LOG"; fi
 }
-tell "$(date -u +%Y-%m-%dT%H:%M:%SZ) $SOAK_FAULTS faults, seed $SOAK_SEED; $(nproc) cores, load $(cut -d ' ' -f 1 /proc/loadavg);" \
+tell "$(date -u +%Y-%m-%dT%H:%M:%SZ) $SOAK_FAULTS faults, seed $SOAK_SEED; $(nproc --all) cores, load $(cut -d ' ' -f 1 /proc/loadavg);" \
     "$(sbatch --version), $(mpirun --version | head -n 1)"
 
 start_job() { # on two nodes or on one, by srun or by mpirun

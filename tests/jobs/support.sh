@@ -23,11 +23,11 @@ in_cluster() {
 # make_recipe MAX_NEW_TOKENS ROWS
 make_recipe() { make_tiny_run "$2" "$1"; }
 
-# make_long_recipe ROWS: every phase takes some seconds, so that something can happen meanwhile.
+# make_long_recipe ROWS [LAYERS]: every phase takes a while, so that something can happen meanwhile.
 make_long_recipe() {
     make_recipe 64 "$1"
-    "$SELM_TOOL_DIR/selm_tiny_model_tool" policy seed=1 layers=16
-    "$SELM_TOOL_DIR/selm_tiny_model_tool" reward seed=2 layers=16 classifier
+    "$SELM_TOOL_DIR/selm_tiny_model_tool" policy seed=1 "layers=${2:-16}"
+    "$SELM_TOOL_DIR/selm_tiny_model_tool" reward seed=2 "layers=${2:-16}" classifier
     cat >>recipe.cfg <<'CFG'
 checkpoint-every = 1
 CFG

@@ -23,7 +23,6 @@ cut() {
     for number; do
         if [ "$number" = first ]; then power_on "${nodes[0]}"; else power_on "${nodes[-1]}"; fi
     done
-    all_nodes_back
 }
 
 one=$(submit --nodes=2 --ntasks-per-node=1 "$job_script" --run by_srun)
@@ -32,6 +31,7 @@ cut by_srun "$one" rank first
 cut by_srun "$one" logprob last
 cut by_srun "$one" train first
 ends_as COMPLETED 200 "$one"
+all_nodes_back
 checks=$((checks + 2))
 [ "$(attempts_of by_srun)" = 5 ] || fail "$(attempts_of by_srun) attempts instead of 5"
 [ "$(resumed_rows by_srun 1)" -ge "$saved" ] || fail "of $saved journalled rows $(resumed_rows by_srun 1) were used"
@@ -42,6 +42,7 @@ cut by_mpirun "$two" generate last
 expect 0 'requeued .restart 1.' cat "$(log_of "$two")" # by the script, before SLURM has noticed anything
 cut by_mpirun "$two" train first last
 ends_as COMPLETED 200 "$two"
+all_nodes_back
 unspoilt by_mpirun
 
 echo "all --nodes=2 --ntasks-per-node=1 --time=30" >phases.cfg

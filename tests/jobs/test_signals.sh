@@ -9,6 +9,19 @@ job_script=$SELM_SOURCE_DIR/jobs/selm_iter.slurm
 two_nodes=(--nodes=2 --ntasks-per-node=1)
 make_reference
 
+# usr1 JOB LOG: the programs stand still until the script has the signal, so that they are not done by then.
+usr1() {
+    local nodes node before
+    mapfile -t nodes < <(nodes_of "$1")
+    before=$(grep -c 'stop signal' "$2" || true)
+    for node in "${nodes[@]}"; do to_programs "$node" STOP; done
+    saved=$(journalled "$(sed -n 's/^selm: run directory \([^,]*\),.*/\1/p' "$2" | head -n 1)" 1)
+    [ "$saved" = 0 ] || most_saved=$saved # the journal is there in generation only
+    scancel --batch --signal=USR1 "$1"
+    wait_until 60 "USR1 in job $1" log_count "$2" $((before + 1)) 'stop signal'
+    for node in "${nodes[@]}"; do to_programs "$node" CONT; done
+}
+
 # Beside all of this, ahead of its limit: SLURM looks at limits twice a minute.
 sed 's/^train-rows = .*/train-rows = 0:256/; s/^iterations = .*/iterations = 1/' recipe.cfg >limit.cfg
 limited=$(submit --nodes=1 --ntasks-per-node=1 --time=1 --signal=B:USR1@30 "$job_script" --config limit.cfg --run limited)
@@ -17,17 +30,16 @@ limited=$(submit --nodes=1 --ntasks-per-node=1 --time=1 --signal=B:USR1@30 "$job
 one=$(submit "${two_nodes[@]}" "$job_script" --run signalled)
 for phase in "${phases[@]}"; do
     wait_until 200 "$phase of job $one" at_work signalled "$phase" 1
-    starts=$(grep -c 'attempt' "selm-iter-$one.out")
-    scancel --batch --signal=USR1 "$one"
-    if [ "$phase" = generate ]; then wait_until 60 "USR1" log_has "selm-iter-$one.out" 'stop signal'; saved=$(journalled signalled 1); fi
-    wait_until 100 "restart of job $one" log_count "selm-iter-$one.out" $((starts + 1)) '^selm: attempt'
+    starts=$(attempts_of signalled)
+    usr1 "$one" "$(log_of "$one")"
+    wait_until 100 "restart of job $one" has_attempts signalled $((starts + 1))
 done
 ends_as COMPLETED 200 "$one"
 expect 0 'requeued .restart 4.' cat "selm-iter-$one.out"
 expect_count 4 'everything .*saved; requeued'
 unspoilt signalled
 checks=$((checks + 1))
-[ "$(resumed_rows signalled 1)" -ge "$saved" ] || fail "of $saved journalled rows $(resumed_rows signalled 1) were used"
+[ "$(resumed_rows signalled 1)" -ge "$most_saved" ] || fail "of $most_saved journalled rows $(resumed_rows signalled 1) were used"
 
 # scontrol requeue: the ranks get TERM, and no time to save. The same run is then cancelled, and goes on by hand.
 two=$(submit "${two_nodes[@]}" "$job_script" --run requeued)
@@ -54,7 +66,7 @@ gen=$(sed -n 's/^\([0-9]*\)  gen of iteration 1$/\1/p' <<<"$output")
 rank=$(sed -n 's/^\([0-9]*\)  rank of iteration 1$/\1/p' <<<"$output")
 last=$(sed -n 's/^\([0-9]*\)  iter .*/\1/p' <<<"$output")
 wait_until 200 "generation of the chain" at_work chained generate 1
-scancel --batch --signal=USR1 "$gen"
+usr1 "$gen" "selm-gen-1-$gen.out"
 ends_as FAILED 100 "$gen"
 expect 0 'SLURM refuses to requeue' cat "selm-gen-1-$gen.out"
 again=$(sed -n 's/^selm: job \([0-9]*\) goes on in place of this one$/\1/p' <<<"$output")

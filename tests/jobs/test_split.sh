@@ -12,25 +12,28 @@ one_node=(--nodes=1 --ntasks-per-node=2) # all ranks of the older copy are on it
 
 # split RUN JOB PHASE cable|slurmd: the older copy is frozen until the newer one is at work on that phase.
 split() {
-    local run=$1 job=$2 phase=$3 how=$4 node attempts
+    local run=$1 job=$2 phase=$3 how=$4 node newer attempts
     wait_until 200 "$phase of job $job" at_work "$run" "$phase" 1
     attempts=$(attempts_of "$run")
     node=$(nodes_of "$job")
-    if [ "$how" = cable ]; then unplug "$node"; else kill_slurmd "$node"; fi
     to_programs "$node" STOP
+    if [ "$how" = cable ]; then unplug "$node"; else kill_slurmd "$node"; fi
     [ "$phase" != generate ] || saved=$(journalled "$run" 1)
     wait_until 200 "restart of job $job" has_attempts "$run" $((attempts + 1))
     wait_until 100 "$phase in the newer copy" log_count "$(log_of "$job")" 2 "iteration 1 of 2: $phase"
+    newer=$(nodes_of "$job")
+    to_programs "$newer" STOP # for the rest of the phase to be there while the node comes back
     to_programs "$node" CONT
     # The older copy ends by itself: nobody can reach it.
     wait_until 100 "end of the older copy of job $job" no_programs "$node"
     if [ "$how" = cable ]; then plug "$node"; else start_slurmd "$node"; fi
-    all_nodes_back
+    to_programs "$newer" CONT
 }
 
 one=$(submit "${one_node[@]}" "$job_script" --run cable)
 for phase in "${phases[@]}"; do split cable "$one" "$phase" cable; done
 ends_as COMPLETED 200 "$one"
+all_nodes_back
 expect 0 'a newer attempt, 2, has taken over' cat "$(log_of "$one")"
 expect_count 4 'a newer attempt, [2-5], has taken over .*changes nothing there'
 expect_count 4 'this copy ends and asks for nothing'
@@ -43,8 +46,8 @@ unspoilt cable
 two=$(submit "${one_node[@]}" "$job_script" --run orphan)
 wait_until 200 "generation of job $two" at_work orphan generate 1
 node=$(nodes_of "$two")
-kill_slurmd "$node"
 to_programs "$node" STOP
+kill_slurmd "$node"
 ends_as COMPLETED 300 "$two"
 find orphan -type f ! -path 'orphan/slurm/*' -exec sha256sum {} + | sort >before
 to_programs "$node" CONT

@@ -32,6 +32,7 @@ if [ "${1:-}" != --inside ]; then
     exit "$code"
 fi
 
+trap 'echo "with_cluster: line $LINENO: $BASH_COMMAND" >&2' ERR # set -e says nothing
 shift
 nodes=$1
 shift
