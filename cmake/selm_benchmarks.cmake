@@ -10,3 +10,11 @@ if(benchmark_FOUND)
         set_target_properties(${name} PROPERTIES RUNTIME_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}/benchmarks")
     endforeach()
 endif()
+
+# The Communicator beside plain MPI: benchmarks/comm/run. With the tests, since one of them runs it.
+add_executable(selm_comm_benchmark "${CMAKE_SOURCE_DIR}/benchmarks/comm/selm_comm_benchmark.cpp")
+target_link_libraries(selm_comm_benchmark PRIVATE selm_flags selm::comm MPI::MPI_C)
+set_target_properties(selm_comm_benchmark PROPERTIES RUNTIME_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}/benchmarks")
+if(NOT SELM_BUILD_TESTS)
+    set_target_properties(selm_comm_benchmark PROPERTIES EXCLUDE_FROM_ALL ON)
+endif()
