@@ -5,6 +5,7 @@
 #include <numeric>
 #include <utility>
 
+#include "dry_run_memory.hpp"
 #include "selm/base/error.hpp"
 #include "selm/comm/agree.hpp"
 #include "selm/model/model_files.hpp"
@@ -35,7 +36,7 @@ void copy_trained_model_files(const std::string& from, const std::string& to, DT
 
 DecoderTrainer::DecoderTrainer(const TrainOptions& options, bool reward)
     : directory_(options.policy), recompute_(options.recompute), activation_bytes_(options.activation_bytes),
-      tokens_per_microbatch_(options.tokens_per_microbatch),
+      tokens_per_microbatch_(options.tokens_per_microbatch), options_(options),
       config_(reward ? reward_config(options.policy) : DecoderConfig::from_directory(options.policy)),
       dtype_(parse_dtype(options.common.dtype)), reader_(options.policy),
       engine_(make_engine({.engine = options.common.engine,
@@ -124,8 +125,20 @@ void DecoderTrainer::plan_pass(const PackedBatch& batch)
         return; // nothing is kept; whatever the last pass kept stays for the next one
     const std::int64_t layers = recomputed_layers(static_cast<std::int64_t>(batch.tokens.size()),
                                                   static_cast<std::int64_t>(batch.selected.size()));
-    if (layers != recomputed_)
+    if (layers != recomputed_) {
         decoder_->set_recompute(recomputed_ = layers);
+        most_tokens_ = most_scored_ = 0; // what earlier passes saved is let go
+    }
+    most_tokens_ = std::max(most_tokens_, static_cast<std::int64_t>(batch.tokens.size()));
+    most_scored_ = std::max(most_scored_, static_cast<std::int64_t>(batch.selected.size()));
+    planned_activations_ = std::max(planned_activations_, decoder_->activation_bytes(most_tokens_, most_scored_));
+}
+
+std::int64_t DecoderTrainer::planned_bytes(const FlatLayout& layout, int ranks_on_node) const
+{
+    const PhaseMemory memory = training_memory(options_, planned_activations_, config_, *engine_, layout);
+    const std::int64_t shared = memory.node_bytes(0);
+    return memory.rank_bytes() + shared / ranks_on_node;
 }
 
 void DecoderTrainer::check_activations(std::span<const std::int64_t> costs,

@@ -38,6 +38,8 @@ class DecoderTrainer {
     void backward_scored(Decoder::ScoredPass& pass, std::span<const float> g, GradientSink& gradient);
     /// Before a kept pass of this batch: how many layers it recomputes.
     void plan_pass(const PackedBatch& batch);
+    /// By the formula of a dry run, with the activations of the passes so far.
+    std::int64_t planned_bytes(const FlatLayout& layout, int ranks_on_node) const;
     /// @throws Error configuration naming the row, when a pass of it alone, or one of a full microbatch, exceeds
     /// --activation-bytes. @param costs tokens of every row.
     void check_activations(std::span<const std::int64_t> costs,
@@ -53,6 +55,9 @@ class DecoderTrainer {
     std::string recompute_;
     std::int64_t activation_bytes_ = 0, tokens_per_microbatch_ = 0;
     std::int64_t recomputed_ = 0; ///< as the decoder was last told
+    std::int64_t most_tokens_ = 0, most_scored_ = 0; ///< of passes since then
+    std::int64_t planned_activations_ = 0;
+    TrainOptions options_;
     DecoderConfig config_;
     DType dtype_;
     SafetensorsReader reader_;

@@ -113,8 +113,26 @@ PhaseMemory train_memory(const TrainOptions& options, std::int64_t max_new_token
                          const Engine& engine, const FlatLayout& layout)
 {
     const std::int64_t tokens = most_tokens(options.tokens_per_microbatch, options.encoding, max_new_tokens);
+    const std::int64_t recomputed =
+        options.recompute == "layers" ? policy.layers
+        : options.recompute == "auto"
+            ? plan_recompute(policy, engine.activation_dtype(), tokens, tokens, options.activation_bytes).layers
+            : 0;
+    return training_memory(
+        options, decoder_activation_bytes(policy, engine.activation_dtype(), tokens, tokens, true, recomputed), policy,
+        engine, layout);
+}
+
+PhaseMemory training_memory(const TrainOptions& options, std::int64_t activation_bytes, const DecoderConfig& policy,
+                            const Engine& engine, const FlatLayout& layout)
+{
     const auto whole = static_cast<std::int64_t>(layout.total());
-    const auto shard = static_cast<std::int64_t>(options.zero == 0 ? layout.total() : layout.shard_elements(0, false)); // the largest
+    const auto shard = [&](bool trained) { // the largest
+        std::size_t elements = 0;
+        for (std::size_t u = 0; options.zero == 0 && u < layout.units(); ++u)
+            elements += trained && layout.unit(u).frozen ? 0 : layout.unit(u).flat.size;
+        return static_cast<std::int64_t>(options.zero == 0 ? elements : layout.shard_elements(0, trained));
+    };
     // Beside both moments: master weights, where the weights that passes read are not the master weights themselves.
     const bool gathered = options.zero == 3 && options.zero3_group == "world";
     const bool own_master = gathered || parse_dtype(options.common.dtype) == DType::bf16;
@@ -128,20 +146,14 @@ PhaseMemory train_memory(const TrainOptions& options, std::int64_t max_new_token
                                                         {.prefetch = options.prefetch}));
     else
         weights.emplace_back("packed weights", float_bytes * ResidentWeights::panel_elements(policy, engine, true));
-    const std::int64_t recomputed =
-        options.recompute == "layers" ? policy.layers
-        : options.recompute == "auto"
-            ? plan_recompute(policy, engine.activation_dtype(), tokens, tokens, options.activation_bytes).layers
-            : 0;
     const ShardedGradient::Options gradient{.stage = static_cast<int>(options.zero),
                                             .accumulate = parse_dtype(options.accumulate_dtype),
                                             .most_in_flight =
                                                 static_cast<std::size_t>(options.bucket_bytes) / sizeof(float)};
     for (const auto& part :
          {std::pair{"gradients", ShardedGradient::planned_peak_bytes(layout, 0, gradient)},
-          {"optimizer state", (own_master ? 3 : 2) * float_bytes * shard},
-          {"activations",
-           decoder_activation_bytes(policy, engine.activation_dtype(), tokens, tokens, true, recomputed)}})
+          {"optimizer state", float_bytes * ((own_master ? shard(false) : 0) + 2 * shard(true))},
+          {"activations", activation_bytes}})
         memory.per_rank.emplace_back(part);
     return memory;
 }

@@ -40,6 +40,9 @@ PhaseMemory logprob_memory(const LogProbOptions& options, std::int64_t max_new_t
 /// The rank with the largest shard.
 PhaseMemory train_memory(const TrainOptions& options, std::int64_t max_new_tokens, const DecoderConfig& policy,
                          const Engine& engine, const FlatLayout& layout);
+/// The same where it is known what activations take.
+PhaseMemory training_memory(const TrainOptions& options, std::int64_t activation_bytes, const DecoderConfig& policy,
+                            const Engine& engine, const FlatLayout& layout);
 
 /// How evenly a flat space of elements is cut.
 struct ShardBalance {

@@ -105,6 +105,10 @@ class SelmObjective final : public TrainingObjective {
     {
         model_->check_activations(rows_.costs, [&](std::int64_t row) { return row_name(row); });
     }
+    std::int64_t planned_bytes(const FlatLayout& layout, int ranks_on_node) const override
+    {
+        return model_->planned_bytes(layout, ranks_on_node);
+    }
     std::int64_t weight_bytes() const override { return model_->weight_bytes(); }
     CommTimes comm_times() const override { return model_->comm_times(); }
     void initialise(TrainingWeights& weights) const override { model_->initialise(weights); }

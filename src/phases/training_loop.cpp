@@ -253,9 +253,11 @@ void TrainingLoop::check_finite(const Step& step, const std::vector<std::int64_t
 
 void TrainingLoop::record(const Step& step, double seconds, const CommTimes& comm)
 {
-    std::array<double, 2> largest{
-        seconds, static_cast<double>(objective_.engine_bytes() + objective_.weight_bytes() + weights_.bytes() +
-                                     gradient_.peak_bytes())};
+    std::array<double, 3> largest{
+        seconds,
+        static_cast<double>(objective_.engine_bytes() + objective_.weight_bytes() + weights_.bytes() +
+                            gradient_.peak_bytes()),
+        static_cast<double>(objective_.planned_bytes(weights_.layout, weights_.node().size()))};
     comm_.all_reduce(std::span<double>(largest), ReduceOp::max, "time and memory of the step");
     std::array<double, 2> mean{comm.exposed, comm.hidden()};
     comm_.all_reduce(std::span<double>(mean), ReduceOp::sum, "communication of the step");
@@ -270,6 +272,8 @@ void TrainingLoop::record(const Step& step, double seconds, const CommTimes& com
     line["comm_s"] = mean[0] / comm_.size(); // waited for
     line["comm_hidden_s"] = mean[1] / comm_.size();
     line["peak_bytes"] = static_cast<std::int64_t>(largest[1]);
+    if (largest[2] > 0)
+        line["planned_bytes"] = static_cast<std::int64_t>(largest[2]);
     output_.append_metrics(line);
     show_progress(line);
     lines_.push_back(std::move(line));

@@ -84,6 +84,8 @@ class TrainingObjective {
     virtual void accumulate(std::span<const std::int64_t> rows, double scale, GradientSink& gradient, StepSums& sums,
                             std::vector<std::int64_t>& bad_rows) = 0;
     virtual std::int64_t engine_bytes() const = 0; ///< peak of the engine's tensors
+    /// What a rank allocates in all by the formula of a dry run, with the activations of the passes so far; 0: none is known.
+    virtual std::int64_t planned_bytes(const FlatLayout&, int /*ranks_on_node*/) const { return 0; }
     /// Of weights beside those of TrainingWeights (of memory that ranks share, this rank's part), and what moving them took.
     virtual std::int64_t weight_bytes() const { return 0; }
     virtual CommTimes comm_times() const { return {}; }
