@@ -105,17 +105,17 @@ TEST_F(Train, FirstLossIsLogTwoAndTheLossFalls)
 
 TEST_F(Train, MemoryIsWhatTheFormulaOfADryRunSays)
 {
-    for (const char* recompute : {"none", "layers"})
-        for (const std::int64_t zero : {0, 1, 2, 3}) {
-            TrainOptions options = to(cat("memory-", recompute, zero));
-            options.zero = zero;
-            options.recompute = recompute;
-            together(options);
-            const json last = metrics(fs::path(options.output).filename()).back();
-            const double allocated = last.at("peak_bytes"), planned = last.at("planned_bytes");
-            EXPECT_LE(allocated, 1.05 * planned) << zero << recompute;
-            EXPECT_GE(allocated, 0.95 * planned) << zero << recompute;
-        }
+    for (const std::int64_t zero : {0, 1, 2, 3}) {
+        TrainOptions options = to(cat("memory-", zero));
+        options.zero = zero;
+        options.epochs = 1;
+        options.recompute = zero % 2 == 0 ? "none" : "layers";
+        together(options);
+        const json last = metrics(cat("memory-", zero)).back();
+        const double allocated = last.at("peak_bytes"), planned = last.at("planned_bytes");
+        EXPECT_LE(allocated, 1.05 * planned) << zero;
+        EXPECT_GE(allocated, 0.95 * planned) << zero;
+    }
 }
 
 TEST_F(Train, UpdatesDoNotDependOnTheNumberOfRanks)
