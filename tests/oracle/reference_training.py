@@ -89,20 +89,23 @@ def gradient(model, encoding, rows, reference, alpha, beta):
     return loss.mean().item(), {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-def train(model, encoding, batches, alpha, beta, learning_rate, reference=None):
-    """AdamW steps over the batches (lists of rows); returns the mean loss of every step."""
+def train(model, encoding, batches, alpha, beta, learning_rate, reference=None, max_grad_norm=None):
+    """AdamW steps over the batches (lists of rows); returns the mean loss of every step, and the gradient's norm before clipping
+    where it is clipped."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     if reference is None:
         with torch.no_grad():
             reference = [row_log_probs(model, encoding, rows) for rows in batches]
-    losses = []
+    losses, norms = [], []
     for rows, of_batch in zip(batches, reference):
         optimizer.zero_grad(set_to_none=True)
         loss, _ = selm_loss(row_log_probs(model, encoding, rows), of_batch, alpha, beta)
         loss.mean().backward()
+        if max_grad_norm is not None:
+            norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item())
         optimizer.step()
         losses.append(loss.mean().item())
-    return losses
+    return losses if max_grad_norm is None else (losses, norms)
 
 
 def main():
