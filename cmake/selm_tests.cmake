@@ -150,6 +150,8 @@ endforeach()
 # Random faults for half an hour: only with ctest -C soak -L soak.
 add_test(NAME soak COMMAND bash "${CMAKE_SOURCE_DIR}/tests/jobs/soak.sh" CONFIGURATIONS soak)
 set_tests_properties(soak PROPERTIES LABELS soak TIMEOUT 3600 SKIP_RETURN_CODE 77 RUN_SERIAL TRUE ENVIRONMENT "${selm_mpi_environment}")
+add_test(NAME soak_kill_training COMMAND ${Python3_EXECUTABLE} -B "${CMAKE_SOURCE_DIR}/tests/soak/kill_training.py" CONFIGURATIONS soak)
+set_tests_properties(soak_kill_training PROPERTIES LABELS soak TIMEOUT 7200 RUN_SERIAL TRUE ENVIRONMENT "${selm_mpi_environment}")
 
 # --- who may include whom
 add_test(NAME layering COMMAND ${Python3_EXECUTABLE} "${CMAKE_SOURCE_DIR}/tests/layering/check_layering.py" "${CMAKE_SOURCE_DIR}")

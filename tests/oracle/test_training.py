@@ -144,8 +144,8 @@ def expected_steps(case, start_log_probs):
 
 def updates(model, start):
     """What training changed, by tensor. `start` is a directory, `model` one too or a loaded model."""
-    before = dict(reference.load(start).named_parameters())
-    after = reference.load(model) if isinstance(model, Path) else model
+    before = dict(reference.load(start, torch.float32).named_parameters())
+    after = reference.load(model, torch.float32) if isinstance(model, Path) else model
     return {name: (p.detach() - before[name].detach()).float() for name, p in after.named_parameters()}
 
 

@@ -57,7 +57,7 @@ class Kill:
     wanted: str
     place: str
     step: int
-    from_step: int
+    resumed_from: str
     torn: bool
 
 
@@ -144,10 +144,11 @@ class Attempt:
         return any(self.output.parent.glob(f"{self.output.name}.partial-*"))
 
     def resumed_from(self):
+        """The step of the checkpoint that was read; "start": none was there, or none was read yet."""
         for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines():
             if "going on from the checkpoint of step " in line:
-                return int(line.partition("checkpoint of step ")[2].split()[0])
-        return 0
+                return line.partition("checkpoint of step ")[2].split()[0]
+        return "start"
 
     def finish(self):
         try:
@@ -308,7 +309,7 @@ def kill_until_done(soak, output, kills, layout_of_attempt):
             return done
         done += 1
         soak.kills.append(kill)
-        print(f"  kill {len(soak.kills)}: {layout}, resumed at {kill.from_step}, killed after step {kill.step} in {kill.place}"
+        print(f"  kill {len(soak.kills)}: {layout}, from {kill.resumed_from}: killed after step {kill.step} in {kill.place}"
               f" (wanted: {wanted}){', checkpoint torn' if kill.torn else ''}", flush=True)
     soak.start(output, layout_of_attempt()).finish()
     return done
