@@ -299,7 +299,8 @@ def kill_until_done(soak, output, kills, layout_of_attempt):
     done = 0
     while done < kills:
         layout = layout_of_attempt()
-        wanted = soak.chance.choice(WANTED[:-1] if done + 1 < kills else WANTED)
+        last = done + 1 == kills
+        wanted = "model" if last and soak.chance.random() < 0.4 else soak.chance.choice(WANTED[:-1])
         attempt = soak.start(output, layout)
         steps_left = STEPS - attempt.start_step
         kill = attempt.kill(wanted, attempt.start_step, attempt.start_step + max(1, steps_left // (kills - done)))
