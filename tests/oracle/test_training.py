@@ -243,9 +243,7 @@ def test_parameters_cut_over_ranks(case, trained, expected_steps):
     output = case.train("stage3", "--zero", 3, "--tokens-per-microbatch", 1, ranks=2)
     found = updates(output, case.model)
     expect_updates(found, expected_steps[1], "stage 3 on two ranks")
-    errors = relative_errors(found, updates(trained[0], case.model))
-    print(f"against one rank: worst {max(errors.values()):.2e}")
-    assert max(errors.values()) <= 1e-3
+    expect_updates(found, updates(trained[0], case.model), "stage 3 on two ranks against one rank")
     shutil.rmtree(output)
 
 

@@ -106,6 +106,7 @@ class Attempt:
         self.log = soak.work / f"{output}.log"
         self.earlier_partials = set(self.partials())
         self.start_step = self.step()
+        self.end_at = time.monotonic() + RUN_LIMIT_S
         with open(self.log, "w", encoding="utf-8") as log:
             self.launcher = subprocess.Popen(command, cwd=soak.work, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
@@ -117,6 +118,9 @@ class Attempt:
             return 0
 
     def going(self):
+        if time.monotonic() > self.end_at and self.launcher.poll() is None:
+            self.end_everything()
+            raise Failure(f"{self.output.name} hangs after step {self.step()}:\n{self.log.read_text()}")
         return self.launcher.poll() is None
 
     def ranks(self):
