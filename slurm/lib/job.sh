@@ -124,6 +124,16 @@ selm_claim() {
     say "attempt $number at $run"
 }
 
+# selm_end_time: tells the programs when the job ends, for --walltime-margin. SLURM does so itself since 23.02.
+selm_end_time() {
+    [ -z "${SLURM_JOB_END_TIME:-}" ] || return 0
+    unset SELM_JOB_END_TIME # of a job that this one was submitted from
+    local end
+    end=$(SLURM_TIME_FORMAT=standard squeue -h -j "$SLURM_JOB_ID" -o %e 2>/dev/null) || end=
+    end=$(date -d "${end:-unknown}" +%s 2>/dev/null) || return 0
+    export SELM_JOB_END_TIME=$end
+}
+
 # --- steps and signals ---------------------------------------------------------------------------------------------
 
 # Ranks save on USR1 and leave with 75. mpirun ends its ranks on TERM at once, so TERM goes on as USR1.
@@ -158,6 +168,8 @@ selm_step() {
         fi
         launcher+=("${SELM_MPIRUN_OPTIONS[@]}")
     fi
+    # A stop signal that comes while a program is being loaded waits until it can be heard (coreutils 8.31 or later).
+    if env --block-signal=USR1 true 2>/dev/null; then launcher+=(env --block-signal=USR1); fi
     say "$(date -u +%H:%M:%S) ${launcher[*]} $program $*"
     export SELM_DONE_FILE=$run/slurm/done-step-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
     rm -f "$SELM_DONE_FILE"
@@ -335,6 +347,7 @@ selm_begin() {
     selm_load_site
     selm_program selm_iter >/dev/null
     selm_choose_launcher
+    selm_end_time
     selm_provenance
     selm_remember_start
     if [ -e "$run/STOP" ]; then

@@ -267,6 +267,10 @@ int run_with_mpi(int argc, char** argv, const ProgramSpec& spec, OptionTable& ta
     session.abort(static_cast<int>(ExitCode::internal));
 }
 
+/// Before the constructors of shared libraries, of which some take a long time: a stop signal that comes while a program
+/// starts must not kill it.
+[[gnu::used, gnu::section(".preinit_array")]] void (*const handlers_before_all)() = install_stop_handlers;
+
 } // namespace
 
 int run_program(int argc, char** argv, const ProgramSpec& spec, const std::function<ExitCode(ProgramContext&)>& body)

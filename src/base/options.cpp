@@ -40,6 +40,8 @@ void CommonOptions::describe(OptionVisitor& visitor)
     visitor.option("run", "collective-timeout", collective_timeout,
                    "seconds that a rank waits in one collective before the late rank is named and all end (0: for ever)",
                    OptionRole::operational);
+    visitor.option("run", "walltime-margin", walltime_margin,
+                   "stop, with everything saved, this many seconds before the end of the batch job (0: not)", OptionRole::operational);
 }
 
 void CommonOptions::validate() const
@@ -56,6 +58,8 @@ void CommonOptions::validate() const
     validate_word("progress", progress, {"auto", "on", "off"});
     SELM_VALIDATE(std::isfinite(collective_timeout) && collective_timeout >= 0, ExitCode::usage,
                   "--collective-timeout " << collective_timeout << " is no number of seconds. Use 0 (wait for ever) or more");
+    SELM_VALIDATE(std::isfinite(walltime_margin) && walltime_margin >= 0, ExitCode::usage,
+                  "--walltime-margin " << walltime_margin << " is no number of seconds. Use 0 or more");
 }
 
 void EncodingOptions::describe(OptionVisitor& visitor)

@@ -4,9 +4,6 @@
 #include <new>
 #include <optional>
 
-#include "selm/base/attempt.hpp"
-#include "selm/base/stop.hpp"
-
 namespace selm {
 
 namespace {
@@ -53,14 +50,6 @@ std::string root_string(Communicator& comm, std::string_view label, const std::f
     });
     broadcast_string(comm, value, 0, label);
     return value;
-}
-
-bool stop_requested(Communicator& comm, const std::string& stop_file)
-{
-    bool stop = stop_signal_received();
-    if (comm.is_root())
-        stop = stop || told_to_stop(stop_file);
-    return all_reduce_value(comm, static_cast<std::int64_t>(stop), ReduceOp::max, "stop request") != 0;
 }
 
 } // namespace selm

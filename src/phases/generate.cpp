@@ -18,9 +18,9 @@
 #include "selm/base/error.hpp"
 #include "selm/base/hash.hpp"
 #include "selm/base/log.hpp"
-#include "selm/base/stop.hpp"
 #include "selm/comm/agree.hpp"
 #include "selm/comm/claim.hpp"
+#include "selm/comm/stop_condition.hpp"
 #include "selm/data/iteration.hpp"
 #include "selm/data/journal.hpp"
 #include "selm/data/work_queue.hpp"
@@ -37,7 +37,7 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr double stop_file_every_s = 0.5, sync_every_s = 3;
+constexpr double sync_every_s = 3;
 constexpr auto shortest_sleep = std::chrono::milliseconds(1), longest_sleep = std::chrono::milliseconds(20);
 constexpr int queue_tag = 1, progress_tag = 7;
 
@@ -251,9 +251,9 @@ class Generator {
   public:
     Generator(const GenerateOptions& options, const Language& language, const PromptStore& prompts, SharedModel& model,
               std::int64_t slots, std::int64_t capacity, Journal& journal, ProgressReporter& progress,
-              Communicator& comm)
+              StopCondition& stop, Communicator& comm)
         : options_(options), language_(language), prompts_(prompts), model_(model), journal_(journal),
-          progress_(progress), comm_(comm), session_(model.decoder(), slots, capacity),
+          progress_(progress), stop_(stop), comm_(comm), session_(model.decoder(), slots, capacity),
           batch_(batch_options(slots), [this](std::span<const DecodeWork> work) { return run_step(work); })
     {
     }
@@ -354,12 +354,7 @@ class Generator {
         queue.poll();
         progress_.update(rows_, batch_.new_tokens());
         progress_.poll();
-        bool stop = stop_signal_received();
-        if (comm_.is_root() && !options_.stop_file.empty() && seconds_since(looked_for_stop_) > stop_file_every_s) {
-            looked_for_stop_ = Clock::now();
-            stop = stop || std::filesystem::exists(options_.stop_file);
-        }
-        if (stop && !queue.stopped())
+        if (!queue.stopped() && stop_.here())
             queue.stop();
     }
 
@@ -377,6 +372,7 @@ class Generator {
     SharedModel& model_;
     Journal& journal_;
     ProgressReporter& progress_;
+    StopCondition& stop_;
     Communicator& comm_;
     DecodeSession session_;
     ContinuousBatch batch_;
@@ -385,7 +381,6 @@ class Generator {
     std::int64_t rows_ = 0, ended_ = 0, total_ = 0;
     double busy_s_ = 0, slept_s_ = 0;
     std::chrono::milliseconds nap_ = shortest_sleep;
-    Clock::time_point looked_for_stop_{};
 };
 
 /// Sums of this run's counts over all ranks, into the report. Collective over comm.
@@ -428,6 +423,7 @@ void log_start(const GenerateOptions& options, const Language& language, const P
 std::optional<Answers> generate_answers(const GenerateOptions& options, const Input& input,
                                         std::optional<Journal>& opened, GenerateReport& report, Communicator& comm)
 {
+    StopCondition stop(options.stop_file, options.common.walltime_margin, comm);
     std::optional<Language> language;
     std::optional<DecoderConfig> config;
     agree(comm, "reading the policy", [&] {
@@ -470,7 +466,7 @@ std::optional<Answers> generate_answers(const GenerateOptions& options, const In
     std::optional<Generator> generator;
     agree(comm, "memory for keys and values", [&] {
         generator.emplace(options, *language, prompts, *model, slots, std::max(capacity, prefill_tile), journal,
-                          progress, comm);
+                          progress, stop, comm);
         generator->set_total(static_cast<std::int64_t>(plan.rows.size()));
     });
 

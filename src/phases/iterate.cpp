@@ -12,6 +12,7 @@
 #include "selm/base/error.hpp"
 #include "selm/base/log.hpp"
 #include "selm/comm/agree.hpp"
+#include "selm/comm/stop_condition.hpp"
 #include "selm/phases/run_status.hpp"
 
 namespace selm {
@@ -77,7 +78,8 @@ json to_json(const TrainReport& r)
 class Driver {
   public:
     Driver(const IteratePhases& phases, Communicator& comm, std::ostream& out)
-        : phases_(phases), options_(phases.options()), comm_(comm), out_(out), paths_(phases.paths()), manifest_(paths_, comm)
+        : phases_(phases), options_(phases.options()), comm_(comm), out_(out), paths_(phases.paths()), manifest_(paths_, comm),
+          stop_(paths_.stop_file(), options_.generate.common.walltime_margin, comm)
     {
     }
 
@@ -109,7 +111,7 @@ class Driver {
     {
         if (manifest_.phase(t, name))
             return Outcome::done;
-        if (stop_requested(comm_, paths_.stop_file())) {
+        if (stop_.agreed()) {
             SELM_LOG(info, "stop requested before " << name << " of iteration " << t);
             return Outcome::stopped;
         }
@@ -184,6 +186,7 @@ class Driver {
     std::ostream& out_;
     const RunPaths& paths_;
     RunManifest manifest_;
+    StopCondition stop_;
 };
 
 } // namespace

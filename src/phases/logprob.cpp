@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
-#include <filesystem>
 #include <limits>
 #include <memory>
 #include <optional>
@@ -11,9 +10,9 @@
 #include "packed_rows.hpp"
 #include "selm/base/error.hpp"
 #include "selm/base/log.hpp"
-#include "selm/base/stop.hpp"
 #include "selm/comm/agree.hpp"
 #include "selm/comm/claim.hpp"
+#include "selm/comm/stop_condition.hpp"
 #include "selm/data/iteration.hpp"
 #include "selm/data/journal.hpp"
 #include "selm/data/work_queue.hpp"
@@ -26,7 +25,6 @@ namespace {
 using Clock = std::chrono::steady_clock;
 constexpr int queue_tag = 1, progress_tag = 7;
 constexpr std::int64_t rows_ahead = 4; ///< asked for ahead of need, so that microbatches fill
-constexpr double stop_file_every_s = 1;
 
 double seconds_since(Clock::time_point start)
 {
@@ -139,9 +137,9 @@ std::vector<std::int64_t> hand_out_order(const Input& input, const Journal& jour
 class Scorer {
   public:
     Scorer(const LogProbOptions& options, const Input& input, const RowEncoder& encoder, SharedModel& model,
-           Journal& journal, ProgressReporter& progress, Communicator& comm)
+           Journal& journal, ProgressReporter& progress, StopCondition& stop)
         : options_(options), input_(input), encoder_(encoder), model_(model), journal_(journal), progress_(progress),
-          comm_(comm), budget_(model.engine().row_invariant() ? options.tokens_per_microbatch
+          stop_(stop), budget_(model.engine().row_invariant() ? options.tokens_per_microbatch
                                                               : 1) // rows alone give the same bits anywhere
     {
     }
@@ -234,12 +232,7 @@ class Scorer {
         queue.poll();
         progress_.update(rows(), tokens_);
         progress_.poll();
-        bool stop = stop_signal_received();
-        if (comm_.is_root() && !options_.stop_file.empty() && seconds_since(looked_for_stop_) > stop_file_every_s) {
-            looked_for_stop_ = Clock::now();
-            stop = stop || std::filesystem::exists(options_.stop_file);
-        }
-        if (stop && !queue.stopped())
+        if (!queue.stopped() && stop_.here())
             queue.stop();
     }
 
@@ -249,11 +242,10 @@ class Scorer {
     SharedModel& model_;
     Journal& journal_;
     ProgressReporter& progress_;
-    Communicator& comm_;
+    StopCondition& stop_;
     std::int64_t budget_;
     std::vector<RowLogProbSums> done_;
     std::int64_t tokens_ = 0, scored_tokens_ = 0;
-    Clock::time_point looked_for_stop_{};
 };
 
 void write_output(const LogProbOptions& options, const Input& input, const std::vector<RowLogProbSums>& mine,
@@ -318,6 +310,7 @@ LogProbReport run_logprob(const LogProbOptions& options, Communicator& comm)
 {
     const Clock::time_point start = Clock::now();
     options.validate();
+    StopCondition stop(options.stop_file, options.common.walltime_margin, comm);
     const Input input = open_input(options, comm);
     LogProbReport report;
     report.rows = input.reader->rows();
@@ -352,7 +345,7 @@ LogProbReport run_logprob(const LogProbOptions& options, Communicator& comm)
                                      .total = report.rows,
                                      .done_before = report.resumed_rows,
                                      .tag = progress_tag});
-    Scorer scorer(options, input, *encoder, *model, journal, progress, comm);
+    Scorer scorer(options, input, *encoder, *model, journal, progress, stop);
     std::vector<std::int64_t> items;
     agree(comm, "order of the rows", [&] { items = hand_out_order(input, journal); });
     const Clock::time_point work_start = Clock::now();

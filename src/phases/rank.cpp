@@ -4,7 +4,6 @@
 #include <chrono>
 #include <cmath>
 #include <cstring>
-#include <filesystem>
 #include <limits>
 #include <numeric>
 
@@ -12,9 +11,9 @@
 #include "selm/base/error.hpp"
 #include "selm/base/hash.hpp"
 #include "selm/base/log.hpp"
-#include "selm/base/stop.hpp"
 #include "selm/comm/agree.hpp"
 #include "selm/comm/claim.hpp"
+#include "selm/comm/stop_condition.hpp"
 #include "selm/data/iteration.hpp"
 #include "selm/data/journal.hpp"
 #include "selm/data/work_queue.hpp"
@@ -147,11 +146,6 @@ std::vector<std::int64_t> hand_out_order(const IterationReader& file, const Jour
     return blocks;
 }
 
-bool stop_wanted(const RankOptions& options, const Communicator& comm)
-{
-    return stop_signal_received() || (comm.is_root() && !options.stop_file.empty() && std::filesystem::exists(options.stop_file));
-}
-
 std::string journal_of(const RankOptions& options, const std::string& ranker)
 {
     return cat(options.iter, ".rank-", ranker);
@@ -161,8 +155,8 @@ std::string journal_of(const RankOptions& options, const std::string& ranker)
 class RankerPass {
   public:
     RankerPass(const RankOptions& options, const IterationReader& file, const std::string& input_digest, LoadedRanker& loaded,
-               Communicator& comm)
-        : options_(options), file_(file), loaded_(loaded), comm_(comm), block_(loaded.ranker->batch_rows()),
+               StopCondition& stop, Communicator& comm)
+        : options_(options), file_(file), loaded_(loaded), stop_(stop), comm_(comm), block_(loaded.ranker->batch_rows()),
           journal_(journal_of(options, loaded.name),
                    {{"ranker", loaded.identity}, {"rows", input_digest}, {"candidates", options.generated_only ? "generated" : "all"}}, comm)
     {
@@ -208,7 +202,7 @@ class RankerPass {
                     blocks.push_back(*one);
             }
             score(blocks);
-            if (stop_wanted(options_, comm_))
+            if (stop_.here())
                 work.stop();
             if (comm_.is_root() && options_.common.progress != "off" && seconds_since(start) > next_line_s) {
                 SELM_LOG(info, "ranking with " << loaded_.name << ": " << scored_ << " rows on rank 0 of " << file_.rows() << " in all, "
@@ -272,6 +266,7 @@ class RankerPass {
     const RankOptions& options_;
     const IterationReader& file_;
     LoadedRanker& loaded_;
+    StopCondition& stop_;
     Communicator& comm_;
     std::int64_t block_; ///< rows that the ranker must see together
     Journal journal_;
@@ -402,6 +397,7 @@ RankReport run_rank(const RankOptions& options, Communicator& comm)
         plan.rule = options.generated_only ? rule_of_held_out : options.update_rule;
         file = std::make_unique<IterationReader>(options.iter);
     });
+    StopCondition stop(options.stop_file, options.common.walltime_margin, comm);
     plan.rows_digest = root_string(comm, "digest of the rows", [&] { return rows_digest(*file); });
 
     std::vector<LoadedRanker> rankers;
@@ -446,7 +442,7 @@ RankReport run_rank(const RankOptions& options, Communicator& comm)
     std::vector<std::vector<ScoredRow>> scored;
     std::vector<std::unique_ptr<RankerPass>> passes;
     for (LoadedRanker& ranker : rankers) {
-        passes.push_back(std::make_unique<RankerPass>(options, *file, plan.rows_digest, ranker, comm));
+        passes.push_back(std::make_unique<RankerPass>(options, *file, plan.rows_digest, ranker, stop, comm));
         scored.push_back(passes.back()->run(timing));
         if (scored.back().empty() && file->rows() > 0) {
             report.outcome = Outcome::stopped;

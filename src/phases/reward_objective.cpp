@@ -15,8 +15,8 @@
 #include "selm/algo/losses.hpp"
 #include "selm/base/error.hpp"
 #include "selm/base/log.hpp"
-#include "selm/base/stop.hpp"
 #include "selm/comm/agree.hpp"
+#include "selm/comm/stop_condition.hpp"
 #include "selm/data/journal.hpp"
 #include "selm/data/work_queue.hpp"
 #include "selm/model/model_files.hpp"
@@ -205,12 +205,13 @@ struct Features {
     std::vector<float> values; ///< [rows, H]
 };
 
-/// Computes the features of rows that the journal does not have, as the queue hands them out.
+/// Computes the features of rows that the journal does not have, as the queue hands them out. Made by all ranks together.
 class FeaturePass {
   public:
     FeaturePass(const TrainOptions& options, const Rows& rows, const RowEncoder& encoder, SharedModel& model,
                 Journal& journal, Communicator& comm)
-        : options_(options), rows_(rows), encoder_(encoder), model_(model), journal_(journal), comm_(comm)
+        : options_(options), rows_(rows), encoder_(encoder), model_(model), journal_(journal), comm_(comm),
+          stop_(options.stop_file, options.common.walltime_margin, comm)
     {
     }
 
@@ -223,7 +224,7 @@ class FeaturePass {
             while (const auto row = work.next()) {
                 compute(*row);
                 show_progress(shown);
-                if (stop_wanted() && !work.stopped())
+                if (!work.stopped() && stop_.here())
                     work.stop();
             }
             journal_.sync();
@@ -291,18 +292,13 @@ class FeaturePass {
                                                             << rows_.size() << " in all");
     }
 
-    bool stop_wanted() const
-    {
-        return stop_signal_received() ||
-               (comm_.is_root() && !options_.stop_file.empty() && std::filesystem::exists(options_.stop_file));
-    }
-
     const TrainOptions& options_;
     const Rows& rows_;
     const RowEncoder& encoder_;
     SharedModel& model_;
     Journal& journal_;
     Communicator& comm_;
+    StopCondition stop_;
     Features features_;
 };
 

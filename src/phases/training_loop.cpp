@@ -114,6 +114,7 @@ TrainingLoop::TrainingLoop(const TrainOptions& options, std::int64_t iteration, 
       weights_(objective.parameters(), comm, weights_options(options, objective)),
       gradient_(weights_.parameters, weights_.layout, comm, gradient_options(options)),
       checkpoints_(output.checkpoints(), options.keep, weights_.parameters, weights_.layout, comm),
+      stop_(options.stop_file, options.common.walltime_margin, comm),
       steps_per_epoch_(steps_per_epoch(objective.rows(), options.global_batch)),
       total_steps_(steps_per_epoch_ * options.epochs)
 {
@@ -299,7 +300,9 @@ void TrainingLoop::show_progress(const ordered_json& line)
 
 void TrainingLoop::save_checkpoint()
 {
+    const auto start = Clock::now();
     checkpoints_.save(state_, binding_, weights_.optimizer);
+    checkpoint_s_ = seconds_between(start, Clock::now());
     SELM_LOG(info, "checkpoint of step " << state_.step << " saved in " << output_.checkpoints());
 }
 
@@ -340,11 +343,13 @@ TrainReport TrainingLoop::run()
         const auto step_start = Clock::now();
         const CommTimes comm_before = comm_times();
         const Step done = step();
-        record(done, seconds_between(step_start, Clock::now()), comm_times() - comm_before);
+        const double seconds = seconds_between(step_start, Clock::now());
+        longest_step_s_ = std::max(longest_step_s_, seconds);
+        record(done, seconds, comm_times() - comm_before);
         if (state_.step == total_steps_)
             break;
         const bool enough = options_.max_steps > 0 && state_.step - resumed_from_ >= options_.max_steps;
-        if (stop_requested(comm_, options_.stop_file) || enough) {
+        if (stop_.agreed(longest_step_s_ + checkpoint_s_) || enough) {
             save_checkpoint();
             SELM_LOG(info, "stopped after step " << state_.step << " of " << total_steps_
                                                  << ". Run the same command again to go on");

@@ -8,6 +8,7 @@
 #include <nlohmann/json.hpp>
 
 #include "selm/comm/communicator.hpp"
+#include "selm/comm/stop_condition.hpp"
 #include "selm/phases/train.hpp"
 #include "selm/shard/checkpoint.hpp"
 #include "selm/shard/comm_times.hpp"
@@ -65,6 +66,8 @@ class TrainingLoop {
     ShardedGradient gradient_;
     CheckpointStore checkpoints_;
     CheckpointState state_;
+    StopCondition stop_;
+    double longest_step_s_ = 0, checkpoint_s_ = 0; ///< what must fit before the end of the job
     std::int64_t steps_per_epoch_ = 0, total_steps_ = 0, resumed_from_ = 0;
     std::int64_t order_epoch_ = -1;
     std::vector<std::int64_t> order_;

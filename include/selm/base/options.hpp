@@ -36,6 +36,7 @@ struct CommonOptions {
     std::string engine = "auto";       ///< auto | xsmm | aten
     std::string progress = "auto";     ///< auto | on | off
     double collective_timeout = 1800;  ///< seconds that a rank waits in one collective; 0: for ever
+    double walltime_margin = 0;        ///< seconds before the end of the batch job at which to stop; 0: not
 
     void describe(OptionVisitor& visitor);
     /// @throws Error usage on a word that is not listed above; Error configuration when CUDA is asked for but not built.

@@ -18,8 +18,4 @@ void agree(Communicator& comm, std::string_view label, const std::function<void(
 /// Runs @p body on rank 0 only, agrees, and broadcasts its string result. Collective over comm.
 std::string root_string(Communicator& comm, std::string_view label, const std::function<std::string()>& body);
 
-/// Rank 0 decides from its signal flag (and @p stop_file, when not empty and existing); the decision is broadcast.
-/// Signals that reached other ranks count too. Collective over comm.
-bool stop_requested(Communicator& comm, const std::string& stop_file = {});
-
 } // namespace selm

@@ -1,16 +1,11 @@
 #include "selm/comm/agree.hpp"
 
-#include <csignal>
-#include <filesystem>
-#include <fstream>
 #include <new>
 #include <stdexcept>
 
 #include <gtest/gtest.h>
-#include <unistd.h>
 
 #include "mpi_test.hpp"
-#include "selm/base/stop.hpp"
 
 namespace selm {
 namespace {
@@ -85,26 +80,6 @@ TEST(RootString, RunsOnRootAndReachesAll)
     EXPECT_EQ(text, "from rank 0");
     EXPECT_EQ(calls, world().is_root() ? 1 : 0);
     EXPECT_THROW(root_string(world(), "label", []() -> std::string { throw data_error("no file"); }), Error);
-}
-
-// Last in this file on purpose: the signal's flag stays set.
-TEST(StopRequest, FileOnRootAndSignalOnAnyRank)
-{
-    EXPECT_FALSE(stop_requested(world()));
-    const std::string file = root_string(world(), "name", [] {
-        return (std::filesystem::temp_directory_path() / cat("selm-stop-", ::getpid())).string();
-    });
-    EXPECT_FALSE(stop_requested(world(), file));
-    if (world().is_root())
-        std::ofstream(file) << "";
-    EXPECT_TRUE(stop_requested(world(), file)) << "rank 0 decides for all";
-    if (world().is_root())
-        std::filesystem::remove(file);
-    EXPECT_FALSE(stop_requested(world(), file));
-    install_stop_handlers();
-    if (world().rank() == world().size() - 1)
-        std::raise(SIGUSR1);
-    EXPECT_TRUE(stop_requested(world())) << "a signal that reached the last rank only";
 }
 
 } // namespace

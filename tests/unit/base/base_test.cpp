@@ -91,6 +91,21 @@ TEST(Stop, EachSignalSetsTheFlag)
     }
 }
 
+TEST(Stop, ASignalThatWasBlockedWhileTheProgramStartedIsHeard)
+{
+    EXPECT_EXIT(
+        {
+            sigset_t usr1;
+            sigemptyset(&usr1);
+            sigaddset(&usr1, SIGUSR1);
+            sigprocmask(SIG_BLOCK, &usr1, nullptr);
+            std::raise(SIGUSR1);
+            install_stop_handlers();
+            std::exit(stop_signal_received() ? 42 : 4);
+        },
+        testing::ExitedWithCode(42), "");
+}
+
 TEST(Provenance, HasTheExpectedForm)
 {
     EXPECT_TRUE(std::regex_match(software_version(), std::regex(R"(selm 0\.1\.0 \(git ([0-9a-f]{7,}(-modified)?|unknown)\))")))

@@ -5,6 +5,7 @@
 
 #include "selm/comm/agree.hpp"
 #include "selm/comm/communicator.hpp"
+#include "selm/comm/stop_condition.hpp"
 
 namespace selm {
 namespace {
@@ -34,7 +35,7 @@ TEST(SingleCommunicator, IsAWholeWorldOfOne)
     std::vector<float> back(3);
     comm->all_gather_shards(shard, offsets, back, "gather shards");
     EXPECT_EQ(back, full);
-    EXPECT_FALSE(stop_requested(*comm));
+    EXPECT_FALSE(StopCondition("", 0, *comm).agreed());
     EXPECT_THROW(agree(*comm, "label", [] { throw data_error("bad"); }), Error);
 }
 
