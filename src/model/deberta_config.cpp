@@ -303,6 +303,14 @@ void read_pair_parameter(const SafetensorsReader& reader, const ParameterSpec& s
     reader.read_f32(tensor->first, shape, begin, out);
 }
 
+std::vector<SafetensorSpec> pair_tensors(const DebertaConfig& config)
+{
+    std::vector<SafetensorSpec> tensors;
+    for (const ParameterSpec& spec : pair_parameters(config))
+        tensors.push_back({spec.name, spec.parts[0].shape});
+    return tensors;
+}
+
 void write_pair_weights(const std::string& directory, const DebertaConfig& config, const ParameterReader& read,
                         DType dtype, std::int64_t max_shard_bytes)
 {

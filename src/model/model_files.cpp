@@ -82,6 +82,15 @@ void copy_model_files(const std::string& from, const std::string& to, const Mode
     }
 }
 
+std::vector<SafetensorSpec> model_tensors(const DecoderConfig& config)
+{
+    std::vector<SafetensorSpec> tensors;
+    for (const ParameterSpec& spec : decoder_parameters(config))
+        for (const ParameterSpec::Part& part : spec.parts)
+            tensors.push_back({part.name, part.shape});
+    return tensors;
+}
+
 void write_model_weights(const std::string& directory, const DecoderConfig& config, const ParameterReader& read, DType dtype,
                          std::int64_t max_shard_bytes)
 {

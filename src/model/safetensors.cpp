@@ -1,7 +1,6 @@
 #include "selm/model/safetensors.hpp"
 
 #include <algorithm>
-#include <array>
 #include <cerrno>
 #include <cstring>
 #include <filesystem>
@@ -17,7 +16,6 @@
 
 #include <nlohmann/json.hpp>
 
-#include "selm/base/attempt.hpp"
 #include "selm/base/error.hpp"
 #include "selm/base/files.hpp"
 #include "selm/base/hash.hpp"
@@ -35,7 +33,6 @@ constexpr const char* single_file = "model.safetensors";
 constexpr const char* index_file = "model.safetensors.index.json";
 constexpr std::uint64_t max_header_bytes = 100'000'000; // the limit of the reference implementation
 constexpr int max_json_depth = 8;
-constexpr std::int64_t block_elements = std::int64_t{1} << 20;
 
 /// Bytes of one element; empty for a dtype that the format does not know.
 std::optional<std::int64_t> dtype_bytes(const std::string& dtype)
@@ -382,187 +379,6 @@ std::string SafetensorsReader::digest() const
         hasher.update(tensor.data, static_cast<std::size_t>(tensor.bytes));
     }
     return hasher.hex();
-}
-
-namespace {
-
-/// A file under a temporary name that is removed again unless publish() was reached.
-class PartialFile {
-  public:
-    explicit PartialFile(const std::string& final_path)
-        : final_path_(final_path), path_(cat(final_path, ".partial-", process_tag())),
-          descriptor_(::open(path_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644))
-    {
-        if (descriptor_ < 0)
-            throw io_error(cat("cannot create ", path_, ": ", std::strerror(errno)));
-    }
-    ~PartialFile()
-    {
-        close();
-        if (!path_.empty())
-            ::unlink(path_.c_str());
-    }
-    PartialFile(PartialFile&& other) noexcept
-        : final_path_(std::move(other.final_path_)), path_(std::exchange(other.path_, {})),
-          descriptor_(std::exchange(other.descriptor_, -1))
-    {
-    }
-    PartialFile(const PartialFile&) = delete;
-    PartialFile& operator=(const PartialFile&) = delete;
-    PartialFile& operator=(PartialFile&&) = delete;
-
-    void write(const void* data, std::size_t bytes)
-    {
-        const char* at = static_cast<const char*>(data);
-        while (bytes > 0) {
-            const ssize_t written = ::write(descriptor_, at, bytes);
-            if (written < 0 && errno == EINTR)
-                continue;
-            if (written < 0)
-                throw io_error(cat("writing ", final_path_, " failed: ", std::strerror(errno)));
-            at += written;
-            bytes -= static_cast<std::size_t>(written);
-        }
-    }
-    void close()
-    {
-        if (descriptor_ >= 0)
-            ::close(descriptor_);
-        descriptor_ = -1;
-    }
-    void publish()
-    {
-        close();
-        publish_file(path_, final_path_);
-        path_.clear();
-    }
-
-  private:
-    std::string final_path_;
-    std::string path_;
-    int descriptor_ = -1;
-};
-
-std::string header_of(std::span<const SafetensorSource* const> tensors, DType dtype)
-{
-    nlohmann::ordered_json header;
-    header["__metadata__"] = {{"format", "pt"}};
-    std::int64_t offset = 0;
-    for (const SafetensorSource* tensor : tensors) {
-        const std::int64_t bytes = checked_elements(tensor->shape).value() * static_cast<std::int64_t>(size_of(dtype));
-        header[tensor->name] = {{"dtype", dtype == DType::f32 ? "F32" : "BF16"},
-                                {"shape", tensor->shape},
-                                {"data_offsets", {offset, offset + bytes}}};
-        offset += bytes;
-    }
-    std::string text = header.dump();
-    text.append((8 - text.size() % 8) % 8, ' '); // the data start aligned
-    return text;
-}
-
-void write_data(PartialFile& file, const SafetensorSource& tensor, DType dtype)
-{
-    const std::int64_t elements = checked_elements(tensor.shape).value();
-    std::vector<float> values(static_cast<std::size_t>(std::min(elements, block_elements)));
-    std::vector<std::uint16_t> rounded(dtype == DType::bf16 ? values.size() : 0);
-    for (std::int64_t begin = 0; begin < elements; begin += block_elements) {
-        const auto block = std::span(values).first(static_cast<std::size_t>(std::min(block_elements, elements - begin)));
-        tensor.read(begin, block);
-        if (dtype == DType::bf16) {
-            std::transform(block.begin(), block.end(), rounded.begin(), float_to_bf16);
-            file.write(rounded.data(), block.size() * 2);
-        } else {
-            file.write(block.data(), block.size_bytes());
-        }
-    }
-}
-
-PartialFile write_shard(const std::string& path, std::span<const SafetensorSource* const> tensors, DType dtype)
-{
-    PartialFile file(path);
-    const std::string header = header_of(tensors, dtype);
-    std::array<unsigned char, 8> length = {};
-    for (std::size_t i = 0; i < 8; ++i)
-        length[i] = static_cast<unsigned char>(header.size() >> (8 * i) & 0xFF);
-    file.write(length.data(), length.size());
-    file.write(header.data(), header.size());
-    for (const SafetensorSource* tensor : tensors)
-        write_data(file, *tensor, dtype);
-    file.close();
-    return file;
-}
-
-/// Consecutive tensors per file, each file at most max_shard_bytes unless one tensor alone is larger.
-std::vector<std::vector<const SafetensorSource*>> cut_into_shards(const std::vector<SafetensorSource>& tensors, DType dtype,
-                                                                  std::int64_t max_shard_bytes)
-{
-    std::vector<std::vector<const SafetensorSource*>> shards(1);
-    std::int64_t shard_bytes = 0;
-    for (const SafetensorSource& tensor : tensors) {
-        const auto elements = checked_elements(tensor.shape);
-        SELM_EXPECT(elements.has_value());
-        const std::int64_t bytes = *elements * static_cast<std::int64_t>(size_of(dtype));
-        if (!shards.back().empty() && shard_bytes + bytes > max_shard_bytes) {
-            shards.emplace_back();
-            shard_bytes = 0;
-        }
-        shards.back().push_back(&tensor);
-        shard_bytes += bytes;
-    }
-    return shards;
-}
-
-std::string shard_name(std::size_t index, std::size_t count)
-{
-    std::array<char, 64> name = {};
-    std::snprintf(name.data(), name.size(), "model-%05zu-of-%05zu.safetensors", index + 1, count);
-    return name.data();
-}
-
-/// Weights of an earlier model in the same directory would be read instead of, or beside, the new ones.
-void remove_stale_weights(const std::string& directory, const std::set<std::string>& keep)
-{
-    std::vector<fs::path> stale;
-    for (const auto& entry : fs::directory_iterator(directory)) {
-        const std::string name = entry.path().filename().string();
-        const bool weights = name == single_file || name == index_file ||
-                             (name.starts_with("model-") && name.ends_with(".safetensors"));
-        if (weights && !keep.contains(name))
-            stale.push_back(entry.path());
-    }
-    for (const auto& path : stale)
-        fs::remove(path);
-}
-
-} // namespace
-
-void write_safetensors(const std::string& directory, const std::vector<SafetensorSource>& tensors, DType dtype,
-                       std::int64_t max_shard_bytes)
-{
-    const auto shards = cut_into_shards(tensors, dtype, max_shard_bytes);
-    if (shards.size() == 1) {
-        write_shard(directory + "/" + single_file, shards[0], dtype).publish();
-        remove_stale_weights(directory, {single_file});
-        return;
-    }
-    std::vector<PartialFile> files;
-    std::set<std::string> names;
-    nlohmann::ordered_json weight_map = nlohmann::ordered_json::object();
-    std::int64_t total_bytes = 0;
-    for (std::size_t i = 0; i < shards.size(); ++i) {
-        const std::string name = shard_name(i, shards.size());
-        files.push_back(write_shard(directory + "/" + name, shards[i], dtype));
-        names.insert(name);
-        for (const SafetensorSource* tensor : shards[i]) {
-            weight_map[tensor->name] = name;
-            total_bytes += checked_elements(tensor->shape).value() * static_cast<std::int64_t>(size_of(dtype));
-        }
-    }
-    remove_stale_weights(directory, {}); // no index between here and the end: never a mixture of two models
-    for (PartialFile& file : files)
-        file.publish();
-    const nlohmann::ordered_json index = {{"metadata", {{"total_size", total_bytes}}}, {"weight_map", weight_map}};
-    write_file_atomically(directory + "/" + index_file, index.dump(2) + "\n");
 }
 
 } // namespace selm

@@ -111,6 +111,9 @@ bool has_pair_parameter(const SafetensorsReader& reader, const ParameterSpec& sp
 void read_pair_parameter(const SafetensorsReader& reader, const ParameterSpec& spec, std::int64_t begin,
                          std::span<float> out);
 
+/// The tensors of a pair ranker's checkpoint by PairRM's names, as write_pair_weights() writes them.
+std::vector<SafetensorSpec> pair_tensors(const DebertaConfig& config);
+
 /// Writes the weights under PairRM's names into @p directory, as write_safetensors() does. Parameters are read in
 /// blocks: no full copy exists. config.json and the tokenizer's files are the caller's. @throws Error io.
 void write_pair_weights(const std::string& directory, const DebertaConfig& config, const ParameterReader& read,

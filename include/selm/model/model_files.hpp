@@ -9,6 +9,7 @@
 #include "selm/kernels/tensor.hpp"
 #include "selm/model/decoder_config.hpp"
 #include "selm/model/safetensors.hpp"
+#include "selm/model/safetensors_writer.hpp"
 
 namespace selm {
 
@@ -25,6 +26,9 @@ struct ModelFilesOptions {
  * @throws Error configuration (no config.json in @p from, or not one of a supported model), bad_data or io naming the file.
  */
 void copy_model_files(const std::string& from, const std::string& to, const ModelFilesOptions& options);
+
+/// The tensors of a decoder's checkpoint by their Hugging Face names, as write_model_weights() writes them.
+std::vector<SafetensorSpec> model_tensors(const DecoderConfig& config);
 
 /// Fills f32 elements [begin, begin+out.size()) of decoder_parameters()[parameter].
 using ParameterReader = std::function<void(std::int64_t parameter, std::int64_t begin, std::span<float> out)>;

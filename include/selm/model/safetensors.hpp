@@ -47,7 +47,7 @@ class SafetensorsReader {
     std::unique_ptr<Impl> impl_;
 };
 
-/// One tensor to be written; `read` fills f32 elements [begin, begin+out.size()) when asked, so no full copy is needed.
+/// One tensor to be written by one process (several: safetensors_writer.hpp); `read` fills f32 elements [begin, begin+out.size()) when asked, so no full copy is needed.
 struct SafetensorSource {
     std::string name;
     std::vector<std::int64_t> shape;
