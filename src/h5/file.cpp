@@ -226,6 +226,16 @@ DatasetInfo File::info(const std::string& dataset) const
     return state_->dataset(dataset).info;
 }
 
+std::pair<std::int64_t, std::int64_t> File::extent(const std::string& dataset) const
+{
+    const hid_t id = state_->dataset(dataset).id.get();
+    const haddr_t offset = H5Dget_offset(id);
+    H5Eclear2(H5E_DEFAULT);
+    if (offset == HADDR_UNDEF)
+        return {0, 0};
+    return {static_cast<std::int64_t>(offset), static_cast<std::int64_t>(H5Dget_storage_size(id))};
+}
+
 // ---------------------------------------------------------------------------------------------------- reading
 
 void File::read_into(const std::string& dataset, ElementType type, std::int64_t first, std::int64_t count, void* values) const

@@ -4,16 +4,15 @@
 #include <array>
 #include <cstdio>
 #include <filesystem>
-#include <map>
 
 #include <nlohmann/json.hpp>
 
+#include "checkpoint_manifest.hpp"
 #include "selm/base/attempt.hpp"
 #include "selm/base/error.hpp"
 #include "selm/base/files.hpp"
 #include "selm/base/hash.hpp"
 #include "selm/base/log.hpp"
-#include "selm/base/provenance.hpp"
 #include "selm/comm/agree.hpp"
 #include "selm/h5/file.hpp"
 #include "selm/h5/publish.hpp"
@@ -21,12 +20,11 @@
 namespace selm {
 
 namespace fs = std::filesystem;
-using nlohmann::json;
 
 namespace {
 
-constexpr const char* checkpoint_format = "selm-checkpoint";
-constexpr std::int64_t checkpoint_version = 1;
+constexpr const char* state_format = "selm-checkpoint";
+constexpr std::int64_t state_version = 1;
 
 /// The three kinds of numbers of the optimizer's state, by the name of their datasets; frozen units have weights alone.
 struct StateKind {
@@ -44,11 +42,16 @@ constexpr std::array<StateKind, 3> state_kinds{
     StateKind{"exp_avg_sq", [](const ShardedAdamW& o, std::size_t unit) { return o.exp_avg_sq(unit); },
               [](ShardedAdamW& o, std::size_t unit) { return o.exp_avg_sq(unit); }, false}};
 
-/// A rank's own shard of a unit, also where it holds the whole unit.
-std::span<const float> own_values(const StateKind& kind, const ShardedAdamW& optimizer, std::size_t unit, int rank)
+bool has(const FlatLayout& layout, const PartSlice& slice, const StateKind& kind)
 {
-    const ShardInfo own = optimizer.layout().shard(unit, rank);
-    return kind.values(optimizer, unit).subspan(own.offset - optimizer.pieces()[unit].offset, own.size);
+    return kind.of_frozen || !layout.unit(slice.unit).frozen;
+}
+
+/// A slice of a rank's own shard, also where the rank holds the whole unit.
+std::span<const float> own_values(const StateKind& kind, const ShardedAdamW& optimizer, const PartSlice& slice, int rank)
+{
+    const std::size_t skip = optimizer.layout().shard(slice.unit, rank).offset - optimizer.pieces()[slice.unit].offset;
+    return kind.values(optimizer, slice.unit).subspan(skip + slice.piece_begin, slice.count);
 }
 
 std::string dataset_path(const ParameterSpec::Part& part, const char* kind)
@@ -58,20 +61,7 @@ std::string dataset_path(const ParameterSpec::Part& part, const char* kind)
 
 std::string shape_text(const std::vector<std::int64_t>& shape)
 {
-    return json(shape).dump();
-}
-
-/// Sum over blocks of hash(block) mixed with the block's place: independent of how the blocks are dealt to ranks.
-std::uint64_t block_checksum(std::span<const float> values, std::size_t first_element, std::size_t block)
-{
-    std::uint64_t sum = 0;
-    for (std::size_t begin = 0; begin < values.size(); begin += block) {
-        const auto part = values.subspan(begin, std::min(block, values.size() - begin));
-        const std::array<std::uint64_t, 2> placed{hash64(part.data(), part.size_bytes()),
-                                                  (first_element + begin) / block};
-        sum += hash64(placed.data(), sizeof placed);
-    }
-    return sum;
+    return nlohmann::json(shape).dump();
 }
 
 std::string hex(std::uint64_t value)
@@ -97,56 +87,55 @@ std::int64_t checkpoint_elements(std::span<const ParameterSpec> parameters)
     return elements;
 }
 
-/// @throws Error bad_data. Every rank parses the same text, so all come to the same result.
-json parse_manifest(const std::string& text, const std::string& path)
-{
-    try {
-        json manifest = json::parse(text);
-        SELM_VALIDATE(manifest.at("format") == checkpoint_format && manifest.at("format_version") == checkpoint_version,
-                      ExitCode::bad_data, path << " is not a checkpoint manifest of this version");
-        for (const char* key : {"step", "epoch", "epoch_step", "optimizer_steps", "bytes"})
-            (void)manifest.at(key).get<std::int64_t>();
-        (void)manifest.at("checksums").get<std::map<std::string, std::string>>();
-        (void)manifest.at("binding").get<std::map<std::string, std::string>>();
-        return manifest;
-    } catch (const json::exception& error) {
-        throw data_error(cat(path, " is damaged (", error.what(), ")"));
-    }
-}
-
-/// Reads this rank's part of the optimizer's state. Does not communicate.
-void read_state(const std::string& path, std::int64_t bytes, std::span<const ParameterSpec> parameters,
-                const FlatLayout& layout, ShardedAdamW& optimizer)
+/// Size and structures of the state file, before HDF5 reads them: it is not made for damaged ones.
+void check_structure(const std::string& path, const CheckpointManifest& manifest)
 {
     std::error_code error;
     const auto found = fs::file_size(path, error);
-    SELM_VALIDATE(!error && found == static_cast<std::uintmax_t>(bytes), ExitCode::bad_data,
-                  path << " is missing or does not have the size that its manifest tells");
+    SELM_VALIDATE(!error, ExitCode::bad_data, path << " is missing (" << error.message() << ")");
+    SELM_VALIDATE(found == static_cast<std::uintmax_t>(manifest.bytes), ExitCode::bad_data,
+                  path << " has " << found << " bytes, its manifest says " << manifest.bytes);
+    SELM_VALIDATE(checksum_outside(path, manifest.bytes, manifest.tensors) == manifest.structure_checksum,
+                  ExitCode::bad_data, path << " is damaged (its structures do not agree with the manifest's checksum)");
+}
+
+/// Reads this rank's part of the optimizer's state. Does not communicate.
+void read_state(const std::string& path, std::span<const ParameterSpec> parameters, const FlatLayout& layout,
+                ShardedAdamW& optimizer)
+{
     const h5::File file = h5::File::open(path);
     for (const PartSlice& slice : part_slices(parameters, layout, optimizer.pieces())) {
         SELM_VALIDATE(file.string_attribute(cat("/parameters/", slice.part->name), "shape") ==
                           shape_text(slice.part->shape),
                       ExitCode::bad_data, path << ": " << slice.part->name << " has another shape than the model's");
-        for (const StateKind& kind : state_kinds) {
-            if (slice.count == 0 || (layout.unit(slice.unit).frozen && !kind.of_frozen))
-                continue;
-            file.read_into(dataset_path(*slice.part, kind.name), h5::ElementType::float32,
-                           static_cast<std::int64_t>(slice.part_begin), static_cast<std::int64_t>(slice.count),
-                           kind.writable(optimizer, slice.unit).subspan(slice.piece_begin, slice.count).data());
-        }
+        for (const StateKind& kind : state_kinds)
+            if (slice.count > 0 && has(layout, slice, kind))
+                file.read_into(dataset_path(*slice.part, kind.name), h5::ElementType::float32,
+                               static_cast<std::int64_t>(slice.part_begin), static_cast<std::int64_t>(slice.count),
+                               kind.writable(optimizer, slice.unit).subspan(slice.piece_begin, slice.count).data());
     }
 }
 
-void check_binding(const json& manifest, const std::string& path, const CheckpointBinding& binding)
+void check_binding(const CheckpointManifest& manifest, const std::string& path, const CheckpointBinding& binding)
 {
-    const json& stored = manifest.at("binding");
     for (const auto& [name, value] : binding) {
-        const std::string found = stored.value(name, std::string("(nothing)"));
+        const auto stored = manifest.binding.find(name);
+        const std::string found = stored == manifest.binding.end() ? "(nothing)" : stored->second;
         SELM_VALIDATE(found == value, ExitCode::bad_data,
                       path << " belongs to another run: its " << name << " is " << found << ", this run's is " << value
                            << " (going on would mix the two). Choose another --output, delete the checkpoints, or pass "
                               "--resume never");
     }
+}
+
+/// N of a file name "step-N" + ending; nothing for other names.
+std::optional<std::int64_t> step_of(const std::string& name, const char* ending)
+{
+    long long step = 0;
+    int used = 0;
+    if (std::sscanf(name.c_str(), "step-%lld%n", &step, &used) != 1 || name.substr(static_cast<std::size_t>(used)) != ending)
+        return std::nullopt;
+    return step;
 }
 
 } // namespace
@@ -169,14 +158,9 @@ std::vector<std::int64_t> CheckpointStore::steps_on_disk() const
 {
     std::vector<std::int64_t> steps;
     std::error_code ignored; // a directory that is not there holds no checkpoints
-    for (const auto& entry : fs::directory_iterator(directory_, ignored)) {
-        const std::string name = entry.path().filename().string();
-        long long step = 0;
-        int used = 0;
-        if (std::sscanf(name.c_str(), "step-%lld.json%n", &step, &used) == 1 &&
-            static_cast<std::size_t>(used) == name.size())
-            steps.push_back(step);
-    }
+    for (const auto& entry : fs::directory_iterator(directory_, ignored))
+        if (const auto step = step_of(entry.path().filename().string(), ".json"))
+            steps.push_back(*step);
     std::sort(steps.rbegin(), steps.rend());
     return steps;
 }
@@ -187,26 +171,31 @@ std::string CheckpointStore::newest() const
     return steps.empty() ? std::string() : stem(steps.front()) + ".json";
 }
 
-std::vector<std::string> CheckpointStore::checksums(const ShardedAdamW& optimizer) const
+std::map<std::string, std::string> CheckpointStore::checksums(const ShardedAdamW& optimizer) const
 {
     std::array<std::uint64_t, 3> sums{};
-    for (std::size_t u = 0; u < layout_.units(); ++u) {
-        const ShardInfo own = layout_.shard(u, comm_.rank());
+    for (const PartSlice& slice : part_slices(parameters_, layout_, rank_pieces(layout_, comm_.rank()))) {
+        const std::uint64_t tensor = hash64(slice.part->name.data(), slice.part->name.size());
         for (std::size_t i = 0; i < state_kinds.size(); ++i)
-            if (!layout_.unit(u).frozen || state_kinds[i].of_frozen)
-                sums[i] += block_checksum(own_values(state_kinds[i], optimizer, u, comm_.rank()), own.offset, layout_.alignment());
+            if (slice.count > 0 && has(layout_, slice, state_kinds[i]))
+                sums[i] += element_checksum(tensor, slice.part_begin,
+                                            own_values(state_kinds[i], optimizer, slice, comm_.rank()));
     }
     std::array<std::uint64_t, 3> total{};
     for (const auto& of_rank : all_gather_value(comm_, sums, "checkpoint checksums"))
         for (std::size_t i = 0; i < total.size(); ++i)
             total[i] += of_rank[i];
-    return {hex(total[0]), hex(total[1]), hex(total[2])};
+    std::map<std::string, std::string> named;
+    for (std::size_t i = 0; i < state_kinds.size(); ++i)
+        named[state_kinds[i].name] = hex(total[i]);
+    return named;
 }
 
 void CheckpointStore::save(const CheckpointState& state, const CheckpointBinding& binding,
                            const ShardedAdamW& optimizer)
 {
     const std::string manifest_path = stem(state.step) + ".json";
+    const std::string h5_path = stem(state.step) + ".h5";
     agree(comm_, "checkpoint directory", [&] {
         if (!comm_.is_root())
             return;
@@ -215,30 +204,25 @@ void CheckpointStore::save(const CheckpointState& state, const CheckpointBinding
         SELM_VALIDATE(!error, ExitCode::io, "cannot create '" << directory_ << "' (" << error.message() << ")");
         check_newest_attempt(manifest_path);
         fs::remove(manifest_path, error); // the file that it describes is about to change
+        remove_leftovers();
     });
-    write_state(stem(state.step) + ".h5", state, optimizer);
+    write_state(h5_path, state, optimizer); // on the disk, under its name
     const auto sums = checksums(optimizer);
     agree(comm_, "checkpoint manifest", [&] {
         if (!comm_.is_root())
             return;
-        const std::string h5_path = stem(state.step) + ".h5";
-        json manifest{{"format", checkpoint_format},
-                      {"format_version", checkpoint_version},
-                      {"step", state.step},
-                      {"epoch", state.epoch},
-                      {"epoch_step", state.epoch_step},
-                      {"optimizer_steps", optimizer.steps_done()},
-                      {"file", fs::path(h5_path).filename().string()},
-                      {"bytes", fs::file_size(h5_path)},
-                      {"elements", checkpoint_elements(parameters_)},
-                      {"created", utc_timestamp()},
-                      {"software", software_version()}};
-        for (std::size_t i = 0; i < state_kinds.size(); ++i)
-            manifest["checksums"][state_kinds[i].name] = sums[i];
-        manifest["binding"] = json::object();
-        for (const auto& [name, value] : binding)
-            manifest["binding"][name] = value;
-        write_file_atomically(manifest_path, manifest.dump(2) + "\n");
+        CheckpointManifest manifest;
+        manifest.state = state;
+        manifest.optimizer_steps = optimizer.steps_done();
+        manifest.file = fs::path(h5_path).filename().string();
+        manifest.bytes = static_cast<std::int64_t>(fs::file_size(h5_path));
+        manifest.elements = checkpoint_elements(parameters_);
+        manifest.checksums = sums;
+        manifest.tensors = tensor_ranges(h5_path);
+        manifest.structure_checksum = checksum_outside(h5_path, manifest.bytes, manifest.tensors);
+        manifest.binding.insert(binding.begin(), binding.end());
+        write_file_atomically(manifest_path, manifest.text()); // from here on the checkpoint exists
+        std::erase(damaged_, state.step);
         remove_old();
     });
 }
@@ -246,34 +230,52 @@ void CheckpointStore::save(const CheckpointState& state, const CheckpointBinding
 void CheckpointStore::write_state(const std::string& path, const CheckpointState& state,
                                   const ShardedAdamW& optimizer) const
 {
-    const auto own = rank_pieces(layout_, comm_.rank());
-    const auto slices = part_slices(parameters_, layout_, own);
+    const auto slices = part_slices(parameters_, layout_, rank_pieces(layout_, comm_.rank()));
     h5::write_and_publish(path, comm_, [&](h5::File& file) {
         file.set_attributes(
-            "/",
-            {{"format", std::string(checkpoint_format)}, {"format_version", checkpoint_version}, {"step", state.step}});
+            "/", {{"format", std::string(state_format)}, {"format_version", state_version}, {"step", state.step}});
         for (const PartSlice& slice : slices) {
             for (const StateKind& kind : state_kinds) {
-                if (layout_.unit(slice.unit).frozen && !kind.of_frozen)
+                if (!has(layout_, slice, kind))
                     continue;
                 const std::string dataset = dataset_path(*slice.part, kind.name);
                 file.create_dataset(dataset, h5::ElementType::float32, {part_elements(*slice.part)});
                 file.write_slab(dataset, static_cast<std::int64_t>(slice.part_begin),
-                                own_values(kind, optimizer, slice.unit, comm_.rank()).subspan(slice.piece_begin, slice.count));
+                                own_values(kind, optimizer, slice, comm_.rank()));
             }
             file.set_attribute(cat("/parameters/", slice.part->name), "shape", shape_text(slice.part->shape));
         }
     });
 }
 
-void CheckpointStore::remove_old() const
+void CheckpointStore::remove_old()
 {
-    const auto steps = steps_on_disk();
+    std::vector<std::int64_t> steps = steps_on_disk();
+    std::vector<std::int64_t> removed = std::move(damaged_); // a whole one has been written since
+    damaged_.clear();
+    std::erase_if(steps, [&](std::int64_t step) { return std::find(removed.begin(), removed.end(), step) != removed.end(); });
+    if (steps.size() > static_cast<std::size_t>(keep_))
+        removed.insert(removed.end(), steps.begin() + keep_, steps.end());
     std::error_code ignored; // one that cannot be removed does no harm
-    for (std::size_t i = static_cast<std::size_t>(keep_); i < steps.size(); ++i) {
-        fs::remove(stem(steps[i]) + ".json", ignored); // first: without it the checkpoint does not exist
-        fs::remove(stem(steps[i]) + ".h5", ignored);
+    for (const std::int64_t step : removed) {
+        fs::remove(stem(step) + ".json", ignored); // first: without it the checkpoint does not exist
+        fs::remove(stem(step) + ".h5", ignored);
     }
+}
+
+void CheckpointStore::remove_leftovers() const
+{
+    std::error_code ignored; // what cannot be removed does no harm
+    std::vector<fs::path> leftovers;
+    for (const auto& entry : fs::directory_iterator(directory_, ignored)) {
+        const std::string name = entry.path().filename().string();
+        const auto step = step_of(name, ".h5");
+        const bool orphan = step && !fs::exists(stem(*step) + ".json", ignored);
+        if (orphan || (name.starts_with("step-") && name.find(".partial-") != std::string::npos))
+            leftovers.push_back(entry.path());
+    }
+    for (const fs::path& path : leftovers)
+        fs::remove(path, ignored);
 }
 
 std::optional<CheckpointState> CheckpointStore::load_latest(const CheckpointBinding& binding, ShardedAdamW& optimizer)
@@ -283,44 +285,56 @@ std::optional<CheckpointState> CheckpointStore::load_latest(const CheckpointBind
     broadcast_value(comm_, count, 0, "number of checkpoints");
     steps.resize(static_cast<std::size_t>(count));
     comm_.broadcast(std::as_writable_bytes(std::span(steps)), 0, "checkpoints");
-    for (const std::int64_t step : steps)
-        if (auto state = load(step, binding, optimizer))
+    std::string reason;
+    for (const std::int64_t step : steps) {
+        std::string why;
+        if (auto state = load(step, binding, optimizer, why))
             return state;
+        if (reason.empty())
+            reason = why;
+        damaged_.push_back(step);
+        if (step != steps.back())
+            SELM_LOG(warning, "checkpoint of step " << step << " cannot be used (" << why << "); trying the one before it");
+    }
+    SELM_VALIDATE(steps.empty(), ExitCode::bad_data,
+                  "none of the " << count << " checkpoint(s) in " << directory_ << " can be used; the newest: " << reason
+                                 << " (going on from nothing would silently do all steps again). Restore one of them, or pass "
+                                    "--resume never to start anew");
     return std::nullopt;
 }
 
 std::optional<CheckpointState> CheckpointStore::load(std::int64_t step, const CheckpointBinding& binding,
-                                                     ShardedAdamW& optimizer)
+                                                     ShardedAdamW& optimizer, std::string& why)
 {
     const std::string path = stem(step) + ".json";
-    json manifest;
+    CheckpointManifest manifest;
     try {
-        manifest = parse_manifest(root_string(comm_, "checkpoint manifest", [&] { return read_file(path); }), path);
-    } catch (const Error& error) {
-        SELM_LOG(warning,
-                 "checkpoint of step " << step << " cannot be used (" << error.what() << "); trying an older one");
+        manifest = CheckpointManifest::parse(root_string(comm_, "checkpoint manifest", [&] { return read_file(path); }), path);
+        SELM_VALIDATE(manifest.state.step == step, ExitCode::bad_data, path << " describes step " << manifest.state.step);
+    } catch (const Error& error) { // the same on every rank
+        why = error.what();
         return std::nullopt;
     }
     check_binding(manifest, path, binding);
+    const std::string h5_path = stem(step) + ".h5";
     try {
-        agree(comm_, "reading a checkpoint", [&] {
-            read_state(stem(step) + ".h5", manifest["bytes"].get<std::int64_t>(), parameters_, layout_, optimizer);
+        agree(comm_, "checking a checkpoint", [&] {
+            if (comm_.is_root())
+                check_structure(h5_path, manifest);
         });
-        const auto sums = checksums(optimizer);
-        for (std::size_t i = 0; i < state_kinds.size(); ++i)
-            SELM_VALIDATE(manifest["checksums"].value(state_kinds[i].name, std::string()) == sums[i],
-                          ExitCode::bad_data,
-                          stem(step) << ".h5: the checksum of " << state_kinds[i].name
-                                     << " does not agree with the manifest");
+        agree(comm_, "reading a checkpoint", [&] { read_state(h5_path, parameters_, layout_, optimizer); });
+        for (const auto& [kind, sum] : checksums(optimizer))
+            SELM_VALIDATE(manifest.checksums.contains(kind) && manifest.checksums.at(kind) == sum, ExitCode::bad_data,
+                          h5_path << " is damaged (the values of " << kind << " do not agree with the manifest's checksum)");
     } catch (const Error& error) {
-        SELM_LOG(warning,
-                 "checkpoint of step " << step << " cannot be used (" << error.what() << "); trying an older one");
+        if (error.code() == ExitCode::internal) // out of memory, say: no fault of the file
+            throw;
+        why = error.what();
         optimizer.reset();
         return std::nullopt;
     }
-    optimizer.set_steps_done(manifest["optimizer_steps"].get<std::int64_t>());
-    return CheckpointState{manifest["step"].get<std::int64_t>(), manifest["epoch"].get<std::int64_t>(),
-                           manifest["epoch_step"].get<std::int64_t>()};
+    optimizer.set_steps_done(manifest.optimizer_steps);
+    return manifest.state;
 }
 
 } // namespace selm

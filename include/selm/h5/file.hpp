@@ -95,6 +95,8 @@ class File {
     std::vector<std::string> children(const std::string& group) const; ///< names, sorted
     std::vector<std::string> datasets(const std::string& group = "/") const; ///< full paths of all below, sorted
     DatasetInfo info(const std::string& dataset) const; ///< @throws Error bad_data: missing, or of another type
+    /// Where the elements of a contiguous dataset lie in the file, as (first byte, bytes); 0 bytes when it has none there.
+    std::pair<std::int64_t, std::int64_t> extent(const std::string& dataset) const;
 
     // --- reading. The stored type must be exactly T (@throws Error bad_data names path, found and expected type).
     /// All elements in C order.

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <optional>
 #include <span>
 #include <string>
@@ -27,10 +28,11 @@ using CheckpointBinding = std::vector<std::pair<std::string, std::string>>;
 /**
  * @brief Checkpoints of one training run: "DIRECTORY/step-NNNNNN.h5" holds whole parameters by their Hugging Face names
  * (/parameters/NAME/{fp32,exp_avg,exp_avg_sq}, float32, row-major, with the attribute `shape`), "step-NNNNNN.json" the
- * manifest: state, binding, size and checksums. The manifest is written last: a checkpoint without one does not exist.
+ * manifest: state, binding, size and checksums of every byte. The state file is on the disk under its name before the
+ * manifest is: a checkpoint without a manifest does not exist.
  *
- * Any number of ranks (and any ZeRO stage) reads what any other wrote. Checksums are sums over blocks of the flat
- * parameter space, so that ranks make and check them for their own shards.
+ * Any number of ranks (and any ZeRO stage) reads what any other wrote. Checksums of tensors are sums over elements, so that
+ * ranks make and check them for what they hold.
  */
 class CheckpointStore {
   public:
@@ -38,15 +40,15 @@ class CheckpointStore {
     CheckpointStore(std::string directory, std::int64_t keep, std::span<const ParameterSpec> parameters,
                     const FlatLayout& layout, Communicator& comm);
 
-    /// Writes a checkpoint, then removes those beyond `keep`. Collective. @throws Error io on every rank; older
-    /// checkpoints are then still there.
+    /// Writes a checkpoint, then removes those beyond `keep` (damaged ones that load_latest() passed over do not count and
+    /// go too). Collective. @throws Error io on every rank; older checkpoints are then still there.
     void save(const CheckpointState& state, const CheckpointBinding& binding, const ShardedAdamW& optimizer);
 
     /**
      * @brief Loads the newest checkpoint that is whole into the optimizer (master, moments, step count); a torn or
      * corrupt one is passed over with a warning that says why. The caller publishes the weights. Collective.
-     * @return nothing when there is none (the state is then zero). @throws Error bad_data: the checkpoint belongs to
-     * another run (says what differs).
+     * @return nothing when there is none (the state is then zero). @throws Error bad_data: there are some, but all are
+     * damaged (starting anew is the user's decision), or the checkpoint belongs to another run (says what differs).
      */
     std::optional<CheckpointState> load_latest(const CheckpointBinding& binding, ShardedAdamW& optimizer);
 
@@ -56,13 +58,17 @@ class CheckpointStore {
   private:
     std::string stem(std::int64_t step) const;
     std::vector<std::int64_t> steps_on_disk() const; ///< with a manifest, newest first
-    void remove_old() const;
+    void remove_old();
+    void remove_leftovers() const; ///< of saves that were killed
     void write_state(const std::string& path, const CheckpointState& state, const ShardedAdamW& optimizer) const;
-    std::vector<std::string> checksums(const ShardedAdamW& optimizer) const;
-    std::optional<CheckpointState> load(std::int64_t step, const CheckpointBinding& binding, ShardedAdamW& optimizer);
+    std::map<std::string, std::string> checksums(const ShardedAdamW& optimizer) const; ///< by kind, over all ranks
+    /// Nothing, and `why`, when the checkpoint is damaged; the same on every rank.
+    std::optional<CheckpointState> load(std::int64_t step, const CheckpointBinding& binding, ShardedAdamW& optimizer,
+                                        std::string& why);
 
     std::string directory_;
     std::int64_t keep_;
+    std::vector<std::int64_t> damaged_; ///< passed over by load_latest()
     std::span<const ParameterSpec> parameters_;
     const FlatLayout& layout_;
     Communicator& comm_;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <filesystem>
+#include <fstream>
 #include <memory>
 #include <string>
 #include <vector>
@@ -140,6 +141,16 @@ class ToyTraining {
   private:
     double norm_ = 0;
 };
+
+/// Flips one bit of a file.
+inline void flip_bit(const std::string& path, std::size_t byte, std::size_t bit)
+{
+    std::fstream file(path, std::ios::in | std::ios::out | std::ios::binary);
+    file.seekg(static_cast<std::streamoff>(byte));
+    const int value = file.get();
+    file.seekp(static_cast<std::streamoff>(byte));
+    file.put(static_cast<char>(value ^ (1 << bit)));
+}
 
 /// A directory that goes away with the object.
 class TemporaryDirectory {

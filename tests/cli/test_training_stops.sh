@@ -1,0 +1,135 @@
+#!/usr/bin/env bash
+# Training that is stopped in every way and goes on: all ranks save on the same step, exit code 75, and in the end the weights
+# of a run that was never stopped, to the bit. Then kill -9 in the middle of writing checkpoints.
+set -euo pipefail
+# shellcheck source=tests/cli/expect.sh
+source "$(dirname "${BASH_SOURCE[0]}")/expect.sh"
+bin=$SELM_BIN_DIR
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+cd "$work"
+
+small=(--max-length 96 --max-prompt-length 48 --dtype fp32 --progress off)
+"$SELM_TOOL_DIR/selm_tiny_model_tool" policy seed=1
+"$SELM_TOOL_DIR/selm_tiny_model_tool" reward seed=2 classifier
+{
+    "$bin/selm_import" --input "$SELM_SOURCE_DIR/data/ultrafeedback_sample.jsonl" --rows 0:7 --on-empty-answer keep --output prefs.h5
+    "$bin/selm_gen" --data prefs.h5 --policy policy --output iter.h5 --max-new-tokens 8 --on-long-prompt skip "${small[@]}"
+    "$bin/selm_rank" --iter iter.h5 --ranker reward:reward "${small[@]}"
+    "$bin/selm_logp" --iter iter.h5 --model policy "${small[@]}"
+} >prepare.log 2>&1 || { cat prepare.log; exit 1; }
+
+train() { # train OUTPUT ARGUMENTS...: on 3 ranks
+    local output=$1
+    shift
+    mpi 3 "$bin/selm_train" --iter iter.h5 --policy policy --output "$output" --learning-rate 1e-3 --global-batch 2 --epochs 80 \
+        --save-dtype fp32 --stop-file STOP "${small[@]}" "$@"
+}
+steps() { wc -l 2>/dev/null <"$1/metrics.jsonl" || echo 0; }
+newest() { find "$1/checkpoints" -name '*.json' -printf '%f\n' | sort | tail -1 | tr -dc 0-9; }
+
+train whole >whole.log 2>&1 || { cat whole.log; exit 1; }
+
+# rank_pid N: the process of rank N of the running launcher.
+rank_pid() {
+    local pid
+    for pid in $(pgrep -P "$launcher" selm_train); do
+        if tr '\0' '\n' <"/proc/$pid/environ" | grep -qx "OMPI_COMM_WORLD_RANK=$1"; then echo "$pid"; fi
+    done
+}
+all_ranks() { rank_pid 0; rank_pid 1; rank_pid 2; }
+
+to_one_rank() { kill -TERM "$(rank_pid 2)"; }
+to_all_ranks() { all_ranks | xargs kill -USR1; }
+usr1_to_launcher() { kill -USR1 "$launcher"; } # mpirun passes it on
+term_to_launcher() { kill -TERM "$launcher"; } # mpirun tells its ranks to end, and waits for them as long as it is told
+stop_file() { touch STOP; }
+
+# stopped_by HOW: stops the run "stopped" a few steps on from where it stands.
+stopped_by() {
+    local before status=0 saved
+    before=$(steps stopped)
+    # The launcher itself in the background, not a shell around it.
+    # shellcheck disable=SC2086
+    OMPI_MCA_odls_base_sigkill_timeout=60 exec_train stopped >"$1.log" 2>&1 &
+    launcher=$!
+    until [ "$(steps stopped)" -ge $((before + 3)) ] || ! kill -0 "$launcher" 2>/dev/null; do sleep 0.02; done
+    "$1"
+    wait "$launcher" || status=$?
+    rm -f STOP
+    checks=$((checks + 3))
+    if [ "$1" = term_to_launcher ]; then
+        # mpirun 4.1 reports the end that it was asked for itself (143), or its ranks' (75)
+        case $status in 75 | 143) ;; *) fail "exit code $status after $1"; cat "$1.log" ;; esac
+    elif [ "$status" -ne 75 ]; then
+        fail "exit code $status instead of 75 after $1"
+        cat "$1.log"
+    fi
+    grep -q 'stopped after step' "$1.log" || { fail "$1 did not stop the training"; cat "$1.log"; }
+    saved=$(newest stopped)
+    if [ "${saved:-0}" -le "$before" ] || [ "${saved:-0}" -ne "$(steps stopped)" ]; then
+        fail "after $1 the newest checkpoint is ${saved:-none}, metrics have $(steps stopped) steps"
+    fi
+}
+exec_train() { # replaces the subshell in which it runs
+    local output=$1
+    shift
+    exec "${SELM_MPIEXEC:-mpirun}" --oversubscribe --bind-to none -np 3 "$bin/selm_train" --iter iter.h5 --policy policy --output "$output" \
+        --learning-rate 1e-3 --global-batch 2 --epochs 80 --save-dtype fp32 --stop-file STOP "${small[@]}" "$@"
+}
+
+for how in to_one_rank to_all_ranks usr1_to_launcher stop_file term_to_launcher; do
+    stopped_by "$how"
+done
+
+# The end of the job comes near: less is left than the margin (and than the next step and a checkpoint take).
+before=$(steps stopped)
+expect 75 'the job ends in .* stopping now, since --walltime-margin is 3600 s' \
+    env SELM_JOB_END_TIME="$(($(date +%s) + 3590))" bash -c "$(declare -f train mpi); $(declare -p small bin); train stopped --walltime-margin 3600"
+expect_count 1 'stopped after step'
+checks=$((checks + 1))
+[ "$(steps stopped)" -eq $((before + 1)) ] || fail "the run was not stopped after one step"
+expect 64 'walltime-margin 60 needs to know when the job ends' train stopped --walltime-margin 60
+expect 64 "SELM_JOB_END_TIME is 'tomorrow'" env SELM_JOB_END_TIME=tomorrow "$bin/selm_gen" --data prefs.h5 --policy policy --output again.h5 \
+    --on-long-prompt skip --walltime-margin 60 "${small[@]}"
+expect 75 'the job ends in' env SLURM_JOB_END_TIME="$(($(date +%s) + 30))" "$bin/selm_gen" --data prefs.h5 --policy policy --output again.h5 \
+    --on-long-prompt skip --walltime-margin 60 "${small[@]}"
+
+# A signal while the ranks start: they hear it when they can (env lets it wait until the program is loaded).
+expect 75 'stopped after step' mpi 3 env --block-signal=USR1 bash -c \
+    'kill -USR1 $$; exec "$@"' _ "$bin/selm_train" --iter iter.h5 --policy policy --output stopped --learning-rate 1e-3 --global-batch 2 \
+    --epochs 80 --save-dtype fp32 "${small[@]}"
+
+same() { # same OUTPUT: as the run that was never stopped
+    checks=$((checks + 1))
+    cmp -s whole/model.safetensors "$1/model.safetensors" || fail "the weights of $1 differ from those of the uninterrupted run"
+}
+expect 0 'complete|done|trained' env SELM_JOB_END_TIME="$(($(date +%s) + 100000))" \
+    bash -c "$(declare -f train mpi); $(declare -p small bin); train stopped --walltime-margin 3600"
+same stopped
+
+# --- kill -9 of a rank while a checkpoint is being written
+torn=0
+for victim in 0 1 2 0; do
+    exec_train killed --checkpoint-every 5 >killed.log 2>&1 &
+    launcher=$!
+    before=$(newest killed 2>/dev/null || true)
+    until compgen -G 'killed/checkpoints/*.partial-*' >/dev/null && [ "$(newest killed 2>/dev/null || true)" != "$before" ] ||
+        ! kill -0 "$launcher" 2>/dev/null; do :; done
+    kill -9 "$(rank_pid "$victim")" 2>/dev/null || fail "there was no rank to kill"
+    wait "$launcher" || true
+    if compgen -G 'killed/checkpoints/*.partial-*' >/dev/null; then torn=$((torn + 1)); fi
+done
+echo "$torn of 4 kills left a checkpoint half written"
+checks=$((checks + 1))
+[ "$torn" -gt 0 ] || fail "no kill hit a checkpoint: nothing was tested"
+# The newest whole one is damaged too: the one before it is used, and it is said.
+newest_step=$(newest killed)
+printf 'x' | dd of="killed/checkpoints/step-$newest_step.h5" bs=1 seek=40 conv=notrunc status=none
+expect 0 "checkpoint of step $((10#$newest_step)) cannot be used \(killed/checkpoints/step-$newest_step.h5 is damaged" train killed --checkpoint-every 5
+expect_count 1 'going on from the checkpoint of step'
+checks=$((checks + 1))
+[ -z "$(find killed -name '*.partial*')" ] || fail "left behind: $(find killed -name '*.partial*')"
+same killed
+
+finish
