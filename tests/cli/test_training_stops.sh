@@ -13,9 +13,9 @@ small=(--max-length 96 --max-prompt-length 48 --dtype fp32 --progress off)
 "$SELM_TOOL_DIR/selm_tiny_model_tool" policy seed=1
 "$SELM_TOOL_DIR/selm_tiny_model_tool" reward seed=2 classifier
 {
-    "$bin/selm_import" --input "$SELM_SOURCE_DIR/data/ultrafeedback_sample.jsonl" --rows 0:7 --on-empty-answer keep --output prefs.h5
-    "$bin/selm_gen" --data prefs.h5 --policy policy --output iter.h5 --max-new-tokens 8 --on-long-prompt skip "${small[@]}"
-    "$bin/selm_rank" --iter iter.h5 --ranker reward:reward "${small[@]}"
+    "$bin/selm_import" --input "$SELM_SOURCE_DIR/data/ultrafeedback_sample.jsonl" --rows 0:7 --on-empty-answer keep --output prefs.h5 &&
+    "$bin/selm_gen" --data prefs.h5 --policy policy --output iter.h5 --max-new-tokens 8 --on-long-prompt skip "${small[@]}" &&
+    "$bin/selm_rank" --iter iter.h5 --ranker reward:reward "${small[@]}" &&
     "$bin/selm_logp" --iter iter.h5 --model policy "${small[@]}"
 } >prepare.log 2>&1 || { cat prepare.log; exit 1; }
 
