@@ -171,16 +171,4 @@ std::span<const float> DecoderTrainer::score_head() const
                     : std::span<const float>(score_head_.f32(), static_cast<std::size_t>(score_head_.columns));
 }
 
-void DecoderTrainer::write_model(const std::string& directory, const FlatLayout& layout,
-                                 std::span<const float> master, DType dtype) const
-{
-    copy_trained_model_files(directory_, directory, dtype, config_.sequence_classifier);
-    const auto read = [&](std::int64_t parameter, std::int64_t begin, std::span<float> out) {
-        const auto from = master.subspan(
-            layout.offset(static_cast<std::size_t>(parameter)) + static_cast<std::size_t>(begin), out.size());
-        std::copy(from.begin(), from.end(), out.begin());
-    };
-    write_model_weights(directory, config_, ParameterReader(read), dtype);
-}
-
 } // namespace selm

@@ -13,6 +13,9 @@
 
 namespace selm {
 
+/// Copies the files beside the weights; records of another training run stay behind.
+void copy_trained_model_files(const std::string& from, const std::string& to, DType dtype, bool reward);
+
 /// The decoder whose weights are trained: engine, and weights packed from the training's (once per node, each rank packs
 /// some; stage 3: layer by layer).
 class DecoderTrainer {
@@ -44,8 +47,11 @@ class DecoderTrainer {
     /// --activation-bytes. @param costs tokens of every row.
     void check_activations(std::span<const std::int64_t> costs,
                            const std::function<std::string(std::int64_t)>& row_name) const;
-    void write_model(const std::string& directory, const FlatLayout& layout, std::span<const float> master,
-                     DType dtype) const;
+    /// What belongs to the trained model's directory besides the weights, which are written as `dtype`.
+    void write_files(const std::string& directory, DType dtype) const
+    {
+        copy_trained_model_files(directory_, directory, dtype, config_.sequence_classifier);
+    }
 
   private:
     void make_resident(TrainingWeights& weights);
@@ -76,8 +82,5 @@ DecoderConfig reward_config(const std::string& directory);
 
 /// DType of --save-dtype.
 DType save_dtype(const TrainOptions& options);
-
-/// Copies the files beside the weights; records of another training run stay behind.
-void copy_trained_model_files(const std::string& from, const std::string& to, DType dtype, bool reward);
 
 } // namespace selm

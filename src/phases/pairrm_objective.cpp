@@ -153,19 +153,11 @@ class PairRmObjective final : public TrainingObjective {
                 {"rewards/margins", sums.mean(StepSums::margin)}};
     }
 
-    void write_model(const std::string& directory, const FlatLayout& layout,
-                     std::span<const float> master) const override
+    std::vector<SafetensorSpec> tensors() const override { return pair_tensors(config_); }
+    DType saved_dtype() const override { return parse_dtype(options_.save_dtype); }
+    void write_files(const std::string& directory) const override
     {
-        write_ranker_files(options_.policy, directory, config_, tokens_, tokenizer_, parse_dtype(options_.save_dtype));
-        write_pair_weights(
-            directory, config_,
-            [&](std::int64_t parameter, std::int64_t begin, std::span<float> out) {
-                const auto from = master.subspan(layout.offset(static_cast<std::size_t>(parameter)) +
-                                                     static_cast<std::size_t>(begin),
-                                                 out.size());
-                std::copy(from.begin(), from.end(), out.begin());
-            },
-            parse_dtype(options_.save_dtype));
+        write_ranker_files(options_.policy, directory, config_, tokens_, tokenizer_, saved_dtype());
     }
 
     void set_costs(std::vector<std::int64_t> costs) { costs_ = std::move(costs); }

@@ -30,6 +30,7 @@ namespace {
 using nlohmann::ordered_json;
 constexpr auto chosen = static_cast<std::size_t>(Candidate::chosen);
 constexpr auto rejected = static_cast<std::size_t>(Candidate::rejected);
+constexpr std::int64_t elements_at_a_time = std::int64_t{1} << 20; ///< that are copied from file to file
 
 /// Preference rows [range.begin, range.end); row 0 of the objective is range.begin.
 struct Rows {
@@ -106,11 +107,9 @@ class RewardModelObjective final : public TrainingObjective {
     void refresh(TrainingWeights& weights) override { model_->refresh(weights); }
     std::int64_t engine_bytes() const override { return model_->engine().peak_allocated_bytes(); }
     std::string engine_description() const override { return model_->engine().description(); }
-    void write_model(const std::string& directory, const FlatLayout& layout,
-                     std::span<const float> master) const override
-    {
-        model_->write_model(directory, layout, master, save_dtype_);
-    }
+    std::vector<SafetensorSpec> tensors() const override { return model_tensors(model_->config()); }
+    DType saved_dtype() const override { return save_dtype_; }
+    void write_files(const std::string& directory) const override { model_->write_files(directory, save_dtype_); }
 
     void accumulate(std::span<const std::int64_t> rows, double scale, GradientSink& gradient, StepSums& sums,
                     std::vector<std::int64_t>& bad_rows) override
@@ -417,31 +416,35 @@ class RewardHeadObjective final : public TrainingObjective {
                 {"rewards/margins", sums.mean(StepSums::margin)}};
     }
 
-    void write_model(const std::string& directory, const FlatLayout&, std::span<const float> master) const override
+    std::vector<SafetensorSpec> tensors() const override { return model_tensors(config_); }
+    DType saved_dtype() const override { return save_dtype_; }
+    void write_files(const std::string& directory) const override
     {
         copy_trained_model_files(options_.policy, directory, save_dtype_, true);
+    }
+    /// The decoder's tensors as they are, by turns, and this rank's part of the head.
+    void write_weights(SafetensorsWriter& writer, const TrainingWeights& weights) const override
+    {
         const SafetensorsReader reader(options_.policy);
-        const auto specs = decoder_parameters(config_);
-        const std::int64_t head = ParameterIndex::head(config_);
-        std::int64_t held = -1;
-        std::vector<float> whole;
-        write_model_weights(directory, config_,
-                            ParameterReader([&](std::int64_t parameter, std::int64_t begin, std::span<float> out) {
-                                const auto first = static_cast<std::size_t>(begin);
-                                if (parameter == head) {
-                                    for (std::size_t j = 0; j < out.size(); ++j)
-                                        out[j] = master[first + j] / scale_[first + j];
-                                    return;
-                                }
-                                if (parameter != held) {
-                                    const ParameterSpec& spec = specs[static_cast<std::size_t>(parameter)];
-                                    whole.resize(static_cast<std::size_t>(spec.elements()));
-                                    read_model_parameter(reader, spec, whole);
-                                    held = parameter;
-                                }
-                                std::copy_n(whole.begin() + begin, out.size(), out.begin());
-                            }),
-                            save_dtype_);
+        const std::string& head = parameters_.front().parts.front().name;
+        std::vector<float> values;
+        int turn = 0;
+        for (const SafetensorSpec& tensor : tensors()) {
+            if (tensor.name == head || turn++ % weights.comm().size() != weights.comm().rank())
+                continue;
+            const std::int64_t elements = reader.tensors().contains(tensor.name) ? reader.tensors().at(tensor.name).elements() : 0;
+            for (std::int64_t begin = 0; begin < elements || begin == 0; begin += elements_at_a_time) {
+                values.resize(static_cast<std::size_t>(std::min(elements_at_a_time, elements - begin)));
+                reader.read_f32(tensor.name, tensor.shape, begin, values); // names a tensor that is missing
+                writer.write(tensor.name, begin, values);
+            }
+        }
+        weights.visit_own_master([&](const PartSlice& slice, std::span<const float> scaled) {
+            values.assign(scaled.begin(), scaled.end());
+            for (std::size_t j = 0; j < values.size(); ++j)
+                values[j] /= scale_[slice.part_begin + j];
+            writer.write(head, static_cast<std::int64_t>(slice.part_begin), values);
+        });
     }
 
   private:

@@ -14,6 +14,7 @@
 #include "selm/base/log.hpp"
 #include "selm/comm/agree.hpp"
 #include "selm/data/iteration.hpp"
+#include "selm/model/model_files.hpp"
 #include "selm/phases/shared_model.hpp"
 
 namespace selm {
@@ -115,11 +116,9 @@ class SelmObjective final : public TrainingObjective {
     void refresh(TrainingWeights& weights) override { model_->refresh(weights); }
     std::int64_t engine_bytes() const override { return model_->engine().peak_allocated_bytes(); }
     std::string engine_description() const override { return model_->engine().description(); }
-    void write_model(const std::string& directory, const FlatLayout& layout,
-                     std::span<const float> master) const override
-    {
-        model_->write_model(directory, layout, master, save_dtype_);
-    }
+    std::vector<SafetensorSpec> tensors() const override { return model_tensors(model_->config()); }
+    DType saved_dtype() const override { return save_dtype_; }
+    void write_files(const std::string& directory) const override { model_->write_files(directory, save_dtype_); }
 
     void accumulate(std::span<const std::int64_t> rows, double scale, GradientSink& gradient, StepSums& sums,
                     std::vector<std::int64_t>& bad_rows) override

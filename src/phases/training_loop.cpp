@@ -14,6 +14,7 @@
 #include "selm/comm/agree.hpp"
 #include "selm/kernels/engine.hpp"
 #include "selm/phases/shared_model.hpp"
+#include "selm/shard/model_writer.hpp"
 
 namespace selm {
 
@@ -363,9 +364,11 @@ TrainReport TrainingLoop::run()
 
 void TrainingLoop::publish(const TrainReport& report)
 {
-    std::vector<float> master(weights_.layout.total());
-    weights_.gather_master(master);
-    output_.publish([&](const std::string& directory) { objective_.write_model(directory, weights_.layout, master); },
+    const auto write_weights = [&](const std::string& directory) {
+        SafetensorsWriter writer(directory, objective_.tensors(), objective_.saved_dtype(), "all-ranks");
+        write_model_collectively(writer, comm_, [&] { objective_.write_weights(writer, weights_); });
+    };
+    output_.publish([&](const std::string& directory) { objective_.write_files(directory); }, write_weights,
                     report_to_json(report), binding_);
 }
 

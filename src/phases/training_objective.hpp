@@ -11,6 +11,7 @@
 
 #include "selm/comm/communicator.hpp"
 #include "selm/model/decoder_config.hpp"
+#include "selm/model/safetensors_writer.hpp"
 #include "selm/shard/checkpoint.hpp"
 #include "selm/model/decoder.hpp"
 #include "training_weights.hpp"
@@ -94,9 +95,18 @@ class TrainingObjective {
     /// The line of metrics.jsonl of a step, without what the loop adds; `sums` are global.
     virtual nlohmann::ordered_json metrics(const StepSums& sums) const = 0;
 
-    /// Writes a whole model directory from the flat master weights [total]. Called on rank 0 alone.
-    virtual void write_model(const std::string& directory, const FlatLayout& layout,
-                             std::span<const float> master) const = 0;
+    /// The tensors of the trained model's weight files, in order, and the type they are written in.
+    virtual std::vector<SafetensorSpec> tensors() const = 0;
+    virtual DType saved_dtype() const = 0;
+    /// Writes what belongs to a model directory besides the weights. Called on rank 0 alone.
+    virtual void write_files(const std::string& directory) const = 0;
+    /// Writes the elements of tensors() that fall to this rank. May not communicate.
+    virtual void write_weights(SafetensorsWriter& writer, const TrainingWeights& weights) const
+    {
+        weights.visit_own_master([&](const PartSlice& slice, std::span<const float> values) {
+            writer.write(slice.part->name, static_cast<std::int64_t>(slice.part_begin), values);
+        });
+    }
 };
 
 } // namespace selm

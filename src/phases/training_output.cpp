@@ -150,34 +150,36 @@ void TrainingOutput::append_metrics(const ordered_json& line)
     });
 }
 
-void TrainingOutput::publish(const std::function<void(const std::string&)>& write, ordered_json record,
+void TrainingOutput::publish(const std::function<void(const std::string&)>& write_files,
+                             const std::function<void(const std::string&)>& write_weights, ordered_json record,
                              const CheckpointBinding& binding)
 {
-    agree(comm_, "writing the model", [&] {
-        if (!comm_.is_root())
-            return;
-        const std::string partial = cat(directory_, ".partial-", process_tag());
-        std::error_code ignored; // what cannot be removed does no harm
-        try {
+    const std::string partial = root_string(comm_, "name of the partial model",
+                                            [&] { return cat(directory_, ".partial-", process_tag()); });
+    const auto on_root = [&](const char* label, const std::function<void()>& body) {
+        agree(comm_, label, [&] {
+            try {
+                if (comm_.is_root())
+                    body();
+            } catch (const fs::filesystem_error& error) {
+                throw io_error(cat("writing the model failed (", error.what(), ")"));
+            }
+        });
+    };
+    try {
+        on_root("files of the model", [&] {
             create_directories(partial);
-            write(partial);
-            std::vector<std::string> names;
-            for (const auto& entry : fs::directory_iterator(partial))
-                names.push_back(entry.path().filename().string());
-            // config.json last: a directory without it is no model.
-            std::sort(names.begin(), names.end());
-            std::stable_partition(names.begin(), names.end(),
-                                  [](const std::string& name) { return name != "config.json"; });
-            for (const std::string& name : names)
-                publish_file(partial + "/" + name, directory_ + "/" + name);
+            write_files(partial);
+        });
+        write_weights(partial);
+        on_root("naming the model's files", [&] { move_model(partial); });
+    } catch (...) {
+        std::error_code ignored; // the error that is under way says more
+        if (comm_.is_root())
             fs::remove_all(partial, ignored);
-        } catch (const fs::filesystem_error& error) {
-            fs::remove_all(partial, ignored);
-            throw io_error(cat("writing the model failed (", error.what(), ")"));
-        } catch (...) {
-            fs::remove_all(partial, ignored);
-            throw;
-        }
+        throw;
+    }
+    on_root("training record", [&] {
         record["format"] = record_format;
         record["binding"] = ordered_json::object();
         for (const auto& [name, value] : binding)
@@ -186,6 +188,20 @@ void TrainingOutput::publish(const std::function<void(const std::string&)>& writ
         record["software"] = software_version();
         write_file_atomically(cat(directory_, "/", training_record_name), record.dump(2) + "\n");
     });
+}
+
+/// Puts the files of a whole model into the output, config.json last: a directory without it is no model.
+void TrainingOutput::move_model(const std::string& partial) const
+{
+    std::vector<std::string> names;
+    for (const auto& entry : fs::directory_iterator(partial))
+        names.push_back(entry.path().filename().string());
+    std::sort(names.begin(), names.end());
+    std::stable_partition(names.begin(), names.end(), [](const std::string& name) { return name != "config.json"; });
+    for (const std::string& name : names)
+        publish_file(partial + "/" + name, directory_ + "/" + name);
+    std::error_code ignored; // what cannot be removed does no harm
+    fs::remove_all(partial, ignored);
 }
 
 ordered_json report_to_json(const TrainReport& report)

@@ -41,13 +41,16 @@ class TrainingOutput {
     std::vector<nlohmann::ordered_json> cut_metrics(std::int64_t step);
     void append_metrics(const nlohmann::ordered_json& line);
 
-    /// Puts the files that `write(directory)` makes into the output, config.json last, then the record.
-    void publish(const std::function<void(const std::string&)>& write, nlohmann::ordered_json record,
+    /// Puts the files that `write_files(directory)` (on rank 0) and `write_weights(directory)` (collective) make into the
+    /// output, config.json last, then the record. @throws Error on every rank; what was written is removed again.
+    void publish(const std::function<void(const std::string&)>& write_files,
+                 const std::function<void(const std::string&)>& write_weights, nlohmann::ordered_json record,
                  const CheckpointBinding& binding);
 
   private:
     std::string metrics_path() const { return directory_ + "/metrics.jsonl"; }
     void remove_leftovers() const;
+    void move_model(const std::string& partial) const;
     std::string directory_;
     std::ofstream metrics_; ///< rank 0, after cut_metrics()
     Communicator& comm_;

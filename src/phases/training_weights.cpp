@@ -35,16 +35,15 @@ void TrainingWeights::fence()
         memory->fence();
 }
 
-void TrainingWeights::gather_master(std::span<float> full)
+void TrainingWeights::visit_own_master(
+    const std::function<void(const PartSlice&, std::span<const float>)>& visit) const
 {
-    SELM_EXPECT(full.size() == layout.total());
-    for (std::size_t u = 0; u < layout.units(); ++u) {
-        const ShardInfo unit = layout.unit(u).flat;
-        const ShardInfo own = layout.shard(u, comm_.rank());
-        const auto values =
-            std::as_const(optimizer).master(u).subspan(own.offset - optimizer.pieces()[u].offset, own.size);
-        comm_.all_gather_shards(values, layout.shard_offsets(u), full.subspan(unit.offset, unit.size),
-                                "weights of all ranks");
+    for (const PartSlice& slice : part_slices(parameters, layout, rank_pieces(layout, comm_.rank()))) {
+        if (slice.count == 0)
+            continue;
+        const std::size_t skip =
+            layout.shard(slice.unit, comm_.rank()).offset - optimizer.pieces()[slice.unit].offset;
+        visit(slice, optimizer.master(slice.unit).subspan(skip + slice.piece_begin, slice.count));
     }
 }
 

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string_view>
@@ -32,7 +33,7 @@ class TrainingWeights {
 
     const Options& options() const { return options_; }
     int stage() const { return options_.optimizer.stage; }
-    Communicator& comm() { return comm_; }
+    Communicator& comm() const { return comm_; }
     /// Ranks that have one copy of the weights together.
     Communicator& node() { return *node_; }
 
@@ -46,8 +47,9 @@ class TrainingWeights {
     /// What a rank wrote to memory of share() becomes visible on its node. Collective over node().
     void fence();
 
-    /// full [total] = master weights of all ranks. Collective.
-    void gather_master(std::span<float> full);
+    /// Calls back with this rank's share of every tensor's master weights, such that every element is some rank's. Not
+    /// collective.
+    void visit_own_master(const std::function<void(const PartSlice&, std::span<const float>)>& visit) const;
     /// Of this rank: weights and optimizer state; of memory that ranks share, its part.
     std::int64_t bytes() const;
 

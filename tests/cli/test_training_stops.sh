@@ -50,8 +50,7 @@ stopped_by() {
     local before status=0 saved
     before=$(steps stopped)
     # The launcher itself in the background, not a shell around it.
-    # shellcheck disable=SC2086
-    OMPI_MCA_odls_base_sigkill_timeout=60 exec_train stopped >"$1.log" 2>&1 &
+    OMPI_MCA_odls_base_sigkill_timeout=$patience exec_train stopped >"$1.log" 2>&1 &
     launcher=$!
     until [ "$(steps stopped)" -ge $((before + 3)) ] || ! kill -0 "$launcher" 2>/dev/null; do sleep 0.02; done
     "$1"
@@ -78,9 +77,12 @@ exec_train() { # replaces the subshell in which it runs
         --learning-rate 1e-3 --global-batch 2 --epochs 80 --save-dtype fp32 --stop-file STOP "${small[@]}" "$@"
 }
 
-for how in to_one_rank to_all_ranks usr1_to_launcher stop_file term_to_launcher; do
+patience=1 # seconds that mpirun gives its ranks to end (it also waits so long whenever the exit code is not 0)
+for how in to_one_rank to_all_ranks usr1_to_launcher stop_file; do
     stopped_by "$how"
 done
+patience=10
+stopped_by term_to_launcher
 
 # The end of the job comes near: less is left than the margin (and than the next step and a checkpoint take).
 before=$(steps stopped)

@@ -26,26 +26,21 @@ class CheckpointMpiDamage : public ::testing::Test {
   protected:
     void save_steps(int steps)
     {
-        ShardedAdamW optimizer(layout, test_world(), {});
-        test::fill_state(optimizer, test::toy_flat(parameters, layout, 11));
-        std::vector<float> compute(layout.total());
-        for (int step = 1; step <= steps; ++step) {
-            optimizer.reduce(test::toy_flat(parameters, layout, static_cast<std::uint32_t>(20 + step)));
-            optimizer.apply(0.01, compute);
-        }
-        saved = compute;
-        store.save({.step = steps, .epoch = 0, .epoch_step = steps}, binding, optimizer);
+        test::ToyTraining toy(test_world(), {});
+        toy.fill(test::toy_flat(parameters, layout, 11));
+        for (int step = 1; step <= steps; ++step)
+            toy.step(0.01, test::toy_flat(parameters, layout, static_cast<std::uint32_t>(20 + step)));
+        saved = toy.master();
+        store.save({.step = steps, .epoch = 0, .epoch_step = steps}, binding, toy.optimizer);
     }
 
     /// The step that loading finds and the weights of all ranks.
     std::pair<std::int64_t, std::vector<float>> load()
     {
-        ShardedAdamW optimizer(layout, test_world(), {});
-        const auto state = store.load_latest(binding, optimizer);
-        std::vector<float> compute(layout.total());
-        optimizer.publish(compute);
-        EXPECT_EQ(optimizer.steps_done(), state ? state->step : 0);
-        return {state ? state->step : 0, compute};
+        test::ToyTraining toy(test_world(), {});
+        const auto state = store.load_latest(binding, toy.optimizer);
+        EXPECT_EQ(toy.optimizer.steps_done(), state ? state->step : 0);
+        return {state ? state->step : 0, toy.master()};
     }
 
     void on_root(const std::function<void()>& body)
@@ -82,7 +77,7 @@ class CheckpointMpiDamage : public ::testing::Test {
     }
 
     std::vector<ParameterSpec> parameters = test::toy_parameters();
-    FlatLayout layout{parameters, test_world().size()};
+    FlatLayout layout{parameters, test_world().size(), {.group_ends = test::toy_groups()}};
     std::string directory = make_directory();
     CheckpointStore store{directory, 2, parameters, layout, test_world()};
     CheckpointBinding binding{{"recipe", "abc"}};
