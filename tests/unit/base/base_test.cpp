@@ -145,7 +145,7 @@ TEST(Options, CommonOnesAreDescribed)
     EXPECT_EQ(recorder.names,
               (std::vector<std::string>{"run.seed", "run.threads operational", "run.device operational", "run.dtype",
                                         "run.engine operational", "run.progress operational",
-                                        "run.collective-timeout operational", "run.encoding", "run.chat-format", "run.bos-token",
+                                        "run.collective-timeout operational", "run.walltime-margin operational", "run.encoding", "run.chat-format", "run.bos-token",
                                         "run.eos-token", "run.max-length", "run.max-prompt-length",
                                         "run.on-long-row operational"}));
 }
