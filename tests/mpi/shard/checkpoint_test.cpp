@@ -108,7 +108,8 @@ TEST_F(CheckpointMpiDamage, AllRanksGoOnFromThePreviousOneAsLongAsThereIsOne)
         const auto [step, weights] = load();
         EXPECT_EQ(step, 1);
         EXPECT_EQ(weights, first);
-        on_root([&] { fs::copy(directory + "-whole", directory, fs::copy_options::overwrite_existing); });
+        on_root([&] { fs::copy(directory + "-whole", directory,
+                              fs::copy_options::overwrite_existing | fs::copy_options::recursive); });
     }
     EXPECT_EQ(load(), std::pair(std::int64_t{2}, saved));
 
