@@ -22,7 +22,7 @@ small=(--max-length 96 --max-prompt-length 48 --dtype fp32 --progress off)
 train() { # train OUTPUT ARGUMENTS...: on 3 ranks
     local output=$1
     shift
-    mpi 3 "$bin/selm_train" --iter iter.h5 --policy policy --output "$output" --learning-rate 1e-3 --global-batch 2 --epochs 80 \
+    mpi 3 "$bin/selm_train" --iter iter.h5 --policy policy --output "$output" --learning-rate 1e-3 --global-batch 2 --epochs 600 \
         --save-dtype fp32 --stop-file STOP "${small[@]}" "$@"
 }
 steps() { wc -l 2>/dev/null <"$1/metrics.jsonl" || echo 0; }
@@ -74,7 +74,7 @@ exec_train() { # replaces the subshell in which it runs
     local output=$1
     shift
     exec "${SELM_MPIEXEC:-mpirun}" --oversubscribe --bind-to none -np 3 "$bin/selm_train" --iter iter.h5 --policy policy --output "$output" \
-        --learning-rate 1e-3 --global-batch 2 --epochs 80 --save-dtype fp32 --stop-file STOP "${small[@]}" "$@"
+        --learning-rate 1e-3 --global-batch 2 --epochs 600 --save-dtype fp32 --stop-file STOP "${small[@]}" "$@"
 }
 
 patience=1 # seconds that mpirun gives its ranks to end (it also waits so long whenever the exit code is not 0)
@@ -100,7 +100,7 @@ expect 75 'the job ends in' env SLURM_JOB_END_TIME="$(($(date +%s) + 30))" "$bin
 # A signal while the ranks start: they hear it when they can (env lets it wait until the program is loaded).
 expect 75 'stopped after step' mpi 3 env --block-signal=USR1 bash -c \
     'kill -USR1 $$; exec "$@"' _ "$bin/selm_train" --iter iter.h5 --policy policy --output stopped --learning-rate 1e-3 --global-batch 2 \
-    --epochs 80 --save-dtype fp32 "${small[@]}"
+    --epochs 600 --save-dtype fp32 "${small[@]}"
 
 same() { # same OUTPUT: as the run that was never stopped
     checks=$((checks + 1))
@@ -113,7 +113,7 @@ same stopped
 # --- kill -9 of a rank while a checkpoint is being written
 torn=0
 for victim in 0 1 2 0; do
-    exec_train killed --checkpoint-every 5 >killed.log 2>&1 &
+    exec_train killed --checkpoint-every 25 >killed.log 2>&1 &
     launcher=$!
     before=$(newest killed 2>/dev/null || true)
     until compgen -G 'killed/checkpoints/*.partial-*' >/dev/null && [ "$(newest killed 2>/dev/null || true)" != "$before" ] ||
@@ -128,7 +128,7 @@ checks=$((checks + 1))
 # The newest whole one is damaged too: the one before it is used, and it is said.
 newest_step=$(newest killed)
 printf 'x' | dd of="killed/checkpoints/step-$newest_step.h5" bs=1 seek=40 conv=notrunc status=none
-expect 0 "checkpoint of step $((10#$newest_step)) cannot be used \(killed/checkpoints/step-$newest_step.h5 is damaged" train killed --checkpoint-every 5
+expect 0 "checkpoint of step $((10#$newest_step)) cannot be used \(killed/checkpoints/step-$newest_step.h5 is damaged" train killed --checkpoint-every 25
 expect_count 1 'going on from the checkpoint of step'
 checks=$((checks + 1))
 [ -z "$(find killed -name '*.partial*')" ] || fail "left behind: $(find killed -name '*.partial*')"
