@@ -151,7 +151,7 @@ PhaseMemory training_memory(const TrainOptions& options, std::int64_t activation
                                             .most_in_flight =
                                                 static_cast<std::size_t>(options.bucket_bytes) / sizeof(float)};
     for (const auto& part :
-         {std::pair{"gradients", ShardedGradient::planned_peak_bytes(layout, 0, gradient)},
+         {std::pair{"gradients", ShardedGradient::planned_peak_bytes(layout, 0, gradient, policy.tied_embeddings)},
           {"optimizer state", float_bytes * ((own_master ? shard(false) : 0) + 2 * shard(true))},
           {"activations", activation_bytes}})
         memory.per_rank.emplace_back(part);

@@ -32,6 +32,7 @@ struct ShardedGradient::Reduction {
     std::int64_t received = 0; ///< bytes that the communicator holds for it
     std::unique_ptr<PendingCollective> pending;
     Stopwatch::Clock::time_point start = Stopwatch::Clock::now();
+    bool arrived = false; ///< seen to be complete; its time is counted
 };
 
 ShardedGradient::ShardedGradient(std::span<const ParameterSpec> parameters, const FlatLayout& layout,
@@ -63,7 +64,8 @@ ShardedGradient::ShardedGradient(std::span<const ParameterSpec> parameters, cons
 
 ShardedGradient::~ShardedGradient() = default;
 
-std::int64_t ShardedGradient::planned_peak_bytes(const FlatLayout& layout, int rank, const Options& options)
+std::int64_t ShardedGradient::planned_peak_bytes(const FlatLayout& layout, int rank, const Options& options,
+                                                 bool tied_embedding)
 {
     const bool bf16 = options.accumulate == DType::bf16, whole = options.stage <= 1;
     const auto held = [&](std::size_t unit) { return bytes_of(layout.unit(unit).flat.size); };
@@ -82,13 +84,11 @@ std::int64_t ShardedGradient::planned_peak_bytes(const FlatLayout& layout, int r
         std::int64_t now = moved(u) + (whole && !bf16 ? 0 : held(u));
         if (before < layout.units())
             now += moved(before) + (whole ? 0 : held(before));
+        if (tied_embedding && u != 0 && (!whole || bf16) && !layout.unit(0).frozen)
+            now += held(0); // open from the head's backward pass to the end
         extra = std::max(extra, now);
         before = u;
     }
-    // The first unit, with the embedding, is open from the head's backward pass to the end where the two are tied; where
-    // they are not it is only counted too high.
-    if (!whole || bf16)
-        extra += layout.unit(0).frozen || layout.units() == 1 ? 0 : held(0);
     return bytes_of(layout.shard_elements(rank, true)) + (whole ? (bf16 ? trained / 2 : trained) : 0) + extra;
 }
 
@@ -259,7 +259,8 @@ void ShardedGradient::finish_front()
         const Stopwatch time(times_.exposed);
         done->pending->wait();
     }
-    times_.in_flight += Stopwatch::seconds_since(done->start);
+    if (!done->arrived)
+        times_.in_flight += Stopwatch::seconds_since(done->start);
     const auto sum = own(done->unit);
     for (std::size_t i = 0; i < sum.size(); ++i)
         sum[i] += done->sum[i];
@@ -273,7 +274,10 @@ void ShardedGradient::poll()
 {
     const Stopwatch time(times_.exposed);
     for (const auto& reduction : in_flight_)
-        reduction->pending->test();
+        if (!reduction->arrived && reduction->pending->test()) {
+            reduction->arrived = true;
+            times_.in_flight += Stopwatch::seconds_since(reduction->start);
+        }
 }
 
 void ShardedGradient::end_pass()

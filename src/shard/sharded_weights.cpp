@@ -96,6 +96,7 @@ struct ShardedWeights::Slot {
     bool filled = false;
     Packed packed = Packed::nothing;
     bool in_use = false;
+    bool arrived = false; ///< all exchanges are seen to be complete; their time is counted
     std::vector<std::unique_ptr<PendingCollective>> exchanges; ///< with other nodes
     std::unique_ptr<PendingCollective> all_filled;             ///< of the node's ranks
     std::unique_ptr<PendingCollective> all_released;
@@ -184,6 +185,7 @@ void ShardedWeights::fill(Slot& slot, const Group& group)
     if (slot.filled)
         return;
     slot.start = Stopwatch::Clock::now();
+    slot.arrived = false;
     const bool bf16 = optimizer_.options().round_bf16;
     const std::span<float> memory(reinterpret_cast<float*>(slot.flat->data()), group.flat.size);
     for (std::size_t u = group.units.offset; u < group.units.offset + group.units.size; ++u) {
@@ -206,14 +208,16 @@ void ShardedWeights::finish_filling(Slot& slot)
 {
     if (slot.filled)
         return;
+    const bool on_the_way = !slot.exchanges.empty() && !slot.arrived;
     for (auto& pending : slot.exchanges)
         wait(pending);
     slot.exchanges.clear();
+    if (on_the_way)
+        times_.in_flight += Stopwatch::seconds_since(slot.start);
     std::atomic_thread_fence(std::memory_order_seq_cst);
     if (!slot.all_filled)
         slot.all_filled = node_.start_barrier("weights of a node");
     wait(slot.all_filled);
-    times_.in_flight += Stopwatch::seconds_since(slot.start);
     slot.filled = true;
 }
 
@@ -304,9 +308,15 @@ void ShardedWeights::start_ahead(std::int64_t layer, std::int64_t direction)
 void ShardedWeights::poll()
 {
     const Stopwatch time(times_.exposed);
-    for (const auto& slot : ring_)
+    for (const auto& slot : ring_) {
+        if (slot->exchanges.empty() || slot->arrived)
+            continue;
+        slot->arrived = true;
         for (const auto& pending : slot->exchanges)
-            pending->test();
+            slot->arrived = pending->test() && slot->arrived;
+        if (slot->arrived)
+            times_.in_flight += Stopwatch::seconds_since(slot->start);
+    }
 }
 
 const LayerWeights& ShardedWeights::layer(std::int64_t index, WeightUse use)

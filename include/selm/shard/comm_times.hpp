@@ -4,8 +4,8 @@
 
 namespace selm {
 
-/// Seconds of communication: `exposed` is what a rank waited, `in_flight` from the start to the end of each operation. The
-/// difference was hidden behind computation.
+/// Seconds of communication: `exposed` is what a rank waited, `in_flight` from the start of each operation to when it was
+/// seen to be complete, added up (operations may overlap). The difference was hidden behind computation.
 struct CommTimes {
     double exposed = 0;
     double in_flight = 0;

@@ -54,8 +54,10 @@ class ShardedGradient final : public GradientSink {
     /// The summed gradient of this rank's piece of a unit (stage 0: of the whole unit); after finish().
     std::span<const float> piece(std::size_t unit) const;
 
-    /// Upper bound of peak_bytes() of a decoder whose head is tied to its embedding (of others: with one embedding more).
-    static std::int64_t planned_peak_bytes(const FlatLayout& layout, int rank, const Options& options);
+    /// Upper bound of peak_bytes(), close where the layout has many units.
+    /// @param tied_embedding the first unit's gradient is open from the head's backward pass to the end.
+    static std::int64_t planned_peak_bytes(const FlatLayout& layout, int rank, const Options& options,
+                                           bool tied_embedding);
 
     CommTimes times() const { return times_; }
     std::int64_t bytes() const { return bytes_; }           ///< of this rank's buffers now

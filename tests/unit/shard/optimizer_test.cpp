@@ -155,7 +155,7 @@ TEST(ShardedGradient, HoldsNoMoreThanPlanned)
                     gradient.end_pass();
                 }
                 gradient.finish();
-                const std::int64_t planned = ShardedGradient::planned_peak_bytes(layout, 1, options);
+                const std::int64_t planned = ShardedGradient::planned_peak_bytes(layout, 1, options, true);
                 EXPECT_LE(gradient.peak_bytes(), planned) << stage;
                 EXPECT_GE(gradient.peak_bytes(), planned * 6 / 10) << stage; // a toy's units are few
             }
