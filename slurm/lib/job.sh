@@ -330,6 +330,8 @@ selm_end() {
         137 | 138 | 143)
             # One rank left with 75, and the launcher killed the others on their way out.
             if [ "$selm_signalled" = 1 ]; then selm_requeue "stopped, everything finished is saved"; fi
+            # Out of memory, or the launcher of an older copy on a node that came back, which ends the step of the same number.
+            selm_requeue "exit code $selm_rc: ranks were killed from outside"
             ;;
     esac
     if selm_nodes_answer; then

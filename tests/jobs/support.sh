@@ -35,7 +35,13 @@ CFG
 }
 
 # The reference: one selm_iter of two ranks that nothing disturbs. Resumed training has the same bits on as many ranks.
-make_reference() { mpi 2 selm_iter --config recipe.cfg --run reference --progress off >reference.log 2>&1; }
+make_reference() {
+    if ! mpi 2 selm_iter --config recipe.cfg --run reference --progress off >reference.log 2>&1; then
+        cat reference.log
+        fail "the undisturbed run"
+        return 1
+    fi
+}
 
 # shellcheck disable=SC2034 # the tests use it
 phases=(generate rank logprob train)
@@ -73,6 +79,14 @@ print(len(rows))
 PY
 }
 resumed_rows() { python3 -c 'import json, sys; print(json.load(open(sys.argv[1]))["iter" + sys.argv[2]]["generate"]["resumed_rows"])' "$1/manifest.json" "$2"; }
+# none_twice RUN LOG SAVED: of SAVED rows that were journalled when the first iteration's generation was disturbed, none was made again.
+none_twice() {
+    checks=$((checks + 1))
+    # Where all were journalled, the disturbed attempt may have come to the end of generation.
+    if [ "$(grep -c 'iteration 1 of 2: generate' "$2")" -gt 1 ] && [ "$(resumed_rows "$1" 1)" -lt "$3" ]; then
+        fail "of $3 journalled rows of $1 $(resumed_rows "$1" 1) were used"
+    fi
+}
 
 # unspoilt RUN: the data and weights of the reference, each step of training once, nothing unfinished left, every file whole.
 unspoilt() {
@@ -99,7 +113,7 @@ has_attempts() { [ -d "$1/attempts" ] && [ "$(attempts_of "$1")" -ge "$2" ]; }
 # Programs of a node, for example to freeze them: a node that is cut off may be as slow as it likes.
 to_programs() { on_node "$1" pkill "-$2" '^selm_' || true; } # to_programs K SIGNAL
 # shellcheck disable=SC2317
-no_programs() { ! on_node "$1" pgrep '^selm_|slurm_script' >/dev/null; }
+no_programs() { ! on_node "$1" pgrep '^selm_|^slurm_s' >/dev/null; } # slurm_script; slurmstepd has no underscore
 all_nodes_back() { wait_until 120 "all nodes to be back" none_lost; }
 
 # submit ARGUMENTS OF SBATCH...: prints the job's id.

@@ -41,6 +41,9 @@ mount -t tmpfs tmpfs /run
 hostname control
 mkdir -p $SELM_CLUSTER/state $SELM_CLUSTER/log
 chmod 755 $SELM_CLUSTER
+# Open MPI's session directories bear host name and process id, which two clusters have in common.
+export TMPDIR=$SELM_CLUSTER/tmp
+mkdir $TMPDIR
 export SLURM_CONF=$SELM_CLUSTER/slurm.conf
 # Ranks outnumber cores, which Open MPI cannot see: yield, do not pin. No shared memory tricks that containers refuse.
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_mpi_yield_when_idle=1
