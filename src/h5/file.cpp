@@ -14,6 +14,9 @@ namespace selm::h5 {
 
 namespace {
 
+/// Bytes that an empty file takes at most.
+constexpr off_t first_blocks = 8192;
+
 std::string cut_off_path(const std::string& path, std::int64_t bytes)
 {
     return cat(path, " is truncated (", bytes, " bytes are there, more were written: a copy or download was cut off). "
@@ -129,7 +132,13 @@ File File::create(const std::string& path, Communicator& comm)
         const int descriptor = ::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
         if (descriptor < 0)
             throw io_error(cat(path, " cannot be created (", std::strerror(errno), "). Check the directory and its permissions"));
+        // HDF5's own first blocks: where they do not fit, ranks would wait for each other in its library.
+        const int full = ::posix_fallocate(descriptor, 0, first_blocks);
         ::close(descriptor);
+        if (full == ENOSPC || full == EFBIG || full == EDQUOT) {
+            ::unlink(path.c_str());
+            throw io_error(cat(path, " cannot be created (", std::strerror(full), "). Free space, raise the limit, or write elsewhere"));
+        }
     });
     state->file = Id(H5Fcreate(path.c_str(), H5F_ACC_TRUNC, H5P_DEFAULT, access.get()), H5Fclose);
     state->together("creating an HDF5 file", [&] {

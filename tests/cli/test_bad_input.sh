@@ -99,7 +99,7 @@ two 65 'chosen' selm_inspect offsets.h5 --verify
 two 64 'portion' selm_gen --data prefs.h5 --policy policy --output new.h5 --portion 4 --portions 3 "${small[@]}"
 two 64 'portion' selm_gen --data prefs.h5 --policy policy --output new.h5 --portion 0 "${small[@]}"
 two 78 '275|200' selm_gen --data prefs.h5 --policy small_vocabulary --output new.h5 "${small[@]}"
-two 78 'zero' selm_train --iter iter.h5 --policy policy --output new --zero 3 "${small[@]}"
+two 64 'zero' selm_train --iter iter.h5 --policy policy --output new --zero 4 "${small[@]}"
 two 78 'eos-token' selm_gen --data prefs.h5 --policy policy --output new.h5 --encoding recipe --eos-token nothing
 two 78 'cuda' selm_gen --data prefs.h5 --policy policy --output new.h5 --device cuda "${small[@]}"
 two 64 'engine' selm_gen --data prefs.h5 --policy policy --output new.h5 --engine fast

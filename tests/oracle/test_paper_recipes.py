@@ -101,11 +101,26 @@ def test_shapes(planned):
     assert plan["model"]["saved_bytes"] == 2 * PAPER[recipe]["parameters"]
 
 
+def units(recipe, bucket=2**28 // 4):
+    """Elements of what is reduced together: the embedding, runs of a layer's parameters of at most a bucket, the last norm, the head."""
+    c = shape(recipe)
+    h, ffn = c["hidden_size"], c["intermediate_size"]
+    d = h // c["num_attention_heads"]
+    qkv = (c["num_attention_heads"] + 2 * c["num_key_value_heads"]) * d
+    layer = []
+    for parameter in (h, qkv * h, h * h, h, 2 * ffn * h, h * ffn):
+        if not layer or layer[-1] + parameter > bucket:
+            layer.append(0)
+        layer[-1] += parameter
+    return [c["vocab_size"] * h, *layer * c["num_hidden_layers"], h, c["vocab_size"] * h]
+
+
 def test_shards(planned):
     recipe, plan = planned
     total = PAPER[recipe]["parameters"]  # every tensor of these shapes is a multiple of 64 elements
-    share = math.ceil(math.ceil(total / RANKS) / 64) * 64
-    assert plan["shards"] == {"elements": total, "ranks": RANKS, "smallest": total - (RANKS - 1) * share, "largest": share}
+    shares = [math.ceil(math.ceil(unit / RANKS) / 64) * 64 for unit in units(recipe)]
+    smallest = sum(max(0, unit - (RANKS - 1) * share) for unit, share in zip(units(recipe), shares))
+    assert plan["shards"] == {"elements": total, "ranks": RANKS, "units": len(shares), "smallest": smallest, "largest": sum(shares)}
 
 
 def test_memory(planned):
@@ -141,9 +156,12 @@ def test_memory(planned):
     saved = 2 * h + heads + 2 + qkv + heads * d + 2 * ffn
     working = 2 * h + max(ffn, qkv) + max(ffn, heads * d)
     assert memory["train"]["per_node"] == {"parameters": 4 * total, "packed weights": 4 * linear}
+    # Two neighbours are reduced at once at most: what arrives of each, and its sum. Units beyond a bucket go in rounds.
+    moved = [0 if unit > 2**28 // 4 else unit + math.ceil(math.ceil(unit / RANKS) / 64) * 64 for unit in units(recipe)]
+    in_flight = max(a + b for a, b in zip(moved, [*moved[1:], 0]))
     assert memory["train"]["per_rank"] == {
-        "gradients": 4 * total,
-        "optimizer shard": 4 * 4 * shard,  # master weights, two moments, the reduced gradient
+        "gradients": 4 * (total + shard + in_flight),
+        "optimizer state": 3 * 4 * shard,  # master weights and two moments
         "activations": 4 * (tokens * (layers * saved + working) + tokens * (4 * h + 1)) + rope_tables(tokens),
     }
     for phase in memory.values():
@@ -161,7 +179,7 @@ def test_a_recipe_that_cannot_run_is_refused():
     command = [str(BIN / "selm_iter"), "--config", "configs/phi3_mini.cfg", "--policy", "configs/shapes/phi3_mini", "--dry-run"]
     for arguments, code, message in ((["--max-length", "2048"], 78, "max-length 2048 is beyond the context"),  # the sliding window
                                      (["--ranks", "64", "--ranks-per-node", "1", "--node-memory", "64"], 78, "train needs"),
-                                     (["--zero", "3"], 78, "--zero 3 is not built"),
+                                     (["--zero", "4"], 64, "--zero 4 is not known"),
                                      (["--rows-total", "1000"], 65, "asks for more than the 1000 rows")):
         result = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=60, cwd=ROOT)
         assert result.returncode == code, result.stderr
