@@ -49,7 +49,10 @@ power_cut() { # power_cut K: every process of the node is gone at once, without 
     kill -9 "$(cat "$SELM_CLUSTER/node$1.pid")"
     ip link del "link$1" 2>/dev/null || true
 }
-power_on() { start_node "$1"; }
+power_on() { # a node that starts has an empty directory for temporary files: SLURM's PMIx does not start a step whose directory is there
+    rm -rf "$SELM_CLUSTER/spool-node$1"
+    start_node "$1"
+}
 
 # The node goes on by itself: it reaches the file system, but neither the controller nor other nodes.
 unplug() { ip link set "link$1" down; }
