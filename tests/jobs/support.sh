@@ -11,13 +11,13 @@ in_cluster() {
     source "$SELM_SOURCE_DIR/tests/cli/expect.sh"
     # shellcheck source=tests/jobs/cluster.sh
     source "$SELM_SOURCE_DIR/tests/jobs/cluster.sh"
-    mkdir "$SELM_CLUSTER/work"
-    cd "$SELM_CLUSTER/work" || exit 1
+    mkdir "$SELM_CLUSTER/runs"
+    cd "$SELM_CLUSTER/runs" || exit 1
     export PATH=$SELM_BIN_DIR:$PATH SELM_ROOT=$SELM_SOURCE_DIR OMP_NUM_THREADS=1
     # Nothing of the machine that runs the tests shall matter.
     unset SELM_SITE SELM_LAUNCHER SELM_RUN SELM_CONFIG OMPI_MCA_rmaps_base_oversubscribe
     # shellcheck disable=SC2154
-    trap 'status=$?; if [ $status != 0 ]; then tail -n 60 "$SELM_CLUSTER"/work/*.out; fi' EXIT
+    trap 'status=$?; if [ $status != 0 ]; then tail -n 60 "$SELM_CLUSTER"/runs/*.out; fi' EXIT
 }
 
 # make_recipe MAX_NEW_TOKENS ROWS
