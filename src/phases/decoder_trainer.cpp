@@ -35,10 +35,9 @@ void copy_trained_model_files(const std::string& from, const std::string& to, DT
 }
 
 DecoderTrainer::DecoderTrainer(const TrainOptions& options, bool reward)
-    : directory_(options.policy), recompute_(options.recompute), activation_bytes_(options.activation_bytes),
-      tokens_per_microbatch_(options.tokens_per_microbatch), options_(options),
+    : options_(options),
       config_(reward ? reward_config(options.policy) : DecoderConfig::from_directory(options.policy)),
-      dtype_(parse_dtype(options.common.dtype)), reader_(options.policy),
+      reader_(options.policy),
       engine_(make_engine({.engine = options.common.engine,
                            .device = options.common.device == "cuda" ? Device::cuda : Device::cpu,
                            .threads = static_cast<int>(options.common.threads),
@@ -73,7 +72,7 @@ void DecoderTrainer::make_resident(TrainingWeights& weights)
     const Tensor panels =
         weights.share(ResidentWeights::panel_elements(config_, *engine_, true), "packed weights of the training");
     const ResidentWeights::Options options{
-        .dtype = dtype_, .with_backward = true, .part = weights.node().rank(), .parts = weights.node().size()};
+        .dtype = parse_dtype(options_.common.dtype), .with_backward = true, .part = weights.node().rank(), .parts = weights.node().size()};
     resident_ = std::make_unique<ResidentWeights>(config_, *engine_, std::move(parameters), options, panels);
     if (config_.sequence_classifier)
         score_head_ = weights.view(static_cast<std::size_t>(ParameterIndex::head(config_)));
@@ -103,9 +102,9 @@ void DecoderTrainer::refresh(TrainingWeights& weights)
 
 std::int64_t DecoderTrainer::recomputed_layers(std::int64_t tokens, std::int64_t scored) const
 {
-    if (recompute_ == "auto")
-        return plan_recompute(config_, engine_->activation_dtype(), tokens, scored, activation_bytes_).layers;
-    return recompute_ == "layers" ? config_.layers : 0;
+    if (options_.recompute == "auto")
+        return plan_recompute(config_, engine_->activation_dtype(), tokens, scored, options_.activation_bytes).layers;
+    return options_.recompute == "layers" ? config_.layers : 0;
 }
 
 void DecoderTrainer::backward_scored(Decoder::ScoredPass& pass, std::span<const float> g, GradientSink& gradient)
@@ -144,24 +143,24 @@ std::int64_t DecoderTrainer::planned_bytes(const FlatLayout& layout, int ranks_o
 void DecoderTrainer::check_activations(std::span<const std::int64_t> costs,
                                        const std::function<std::string(std::int64_t)>& row_name) const
 {
-    if (activation_bytes_ == 0 || costs.empty())
+    if (options_.activation_bytes == 0 || costs.empty())
         return;
     const auto needed = [&](std::int64_t tokens) { // at most all of them are scored
         return decoder_activation_bytes(config_, engine_->activation_dtype(), tokens, tokens, true,
                                         recomputed_layers(tokens, tokens));
     };
-    const char* const less_kept = recompute_ == "none" ? ", use --recompute auto" : "";
+    const char* const less_kept = options_.recompute == "none" ? ", use --recompute auto" : "";
     const auto longest = std::max_element(costs.begin(), costs.end());
-    SELM_VALIDATE(needed(*longest) <= activation_bytes_, ExitCode::configuration,
+    SELM_VALIDATE(needed(*longest) <= options_.activation_bytes, ExitCode::configuration,
                   "row " << row_name(longest - costs.begin()) << " has " << *longest << " tokens, which need "
-                         << needed(*longest) << " bytes of activations; --activation-bytes is " << activation_bytes_
+                         << needed(*longest) << " bytes of activations; --activation-bytes is " << options_.activation_bytes
                          << " (training would stop at this row). Raise it" << less_kept
                          << ", or cut the rows with --max-length");
     const std::int64_t all = std::accumulate(costs.begin(), costs.end(), std::int64_t{0});
-    const std::int64_t full = std::min(tokens_per_microbatch_, all);
-    SELM_VALIDATE(needed(full) <= activation_bytes_, ExitCode::configuration,
+    const std::int64_t full = std::min(options_.tokens_per_microbatch, all);
+    SELM_VALIDATE(needed(full) <= options_.activation_bytes, ExitCode::configuration,
                   "a microbatch of " << full << " tokens needs " << needed(full)
-                                     << " bytes of activations; --activation-bytes is " << activation_bytes_
+                                     << " bytes of activations; --activation-bytes is " << options_.activation_bytes
                                      << ". Raise it" << less_kept << ", or lower --tokens-per-microbatch");
 }
 

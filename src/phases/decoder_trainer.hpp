@@ -50,22 +50,18 @@ class DecoderTrainer {
     /// What belongs to the trained model's directory besides the weights, which are written as `dtype`.
     void write_files(const std::string& directory, DType dtype) const
     {
-        copy_trained_model_files(directory_, directory, dtype, config_.sequence_classifier);
+        copy_trained_model_files(options_.policy, directory, dtype, config_.sequence_classifier);
     }
 
   private:
     void make_resident(TrainingWeights& weights);
     std::int64_t recomputed_layers(std::int64_t tokens, std::int64_t scored) const;
 
-    std::string directory_;
-    std::string recompute_;
-    std::int64_t activation_bytes_ = 0, tokens_per_microbatch_ = 0;
+    TrainOptions options_;
     std::int64_t recomputed_ = 0; ///< as the decoder was last told
     std::int64_t most_tokens_ = 0, most_scored_ = 0; ///< of passes since then
     std::int64_t planned_activations_ = 0;
-    TrainOptions options_;
     DecoderConfig config_;
-    DType dtype_;
     SafetensorsReader reader_;
     std::unique_ptr<Engine> engine_;
     std::unique_ptr<ResidentWeights> resident_; ///< stages 0 to 2

@@ -10,7 +10,7 @@
 #include <optional>
 #include <utility>
 
-#include "decoder_trainer.hpp"
+#include "decoder_objective.hpp"
 #include "packed_rows.hpp"
 #include "selm/algo/losses.hpp"
 #include "selm/base/error.hpp"
@@ -37,7 +37,6 @@ struct Rows {
     std::unique_ptr<PreferencesReader> prefs;
     RowRange range;
     std::string data_digest, model_digest;
-    std::vector<std::int64_t> costs;
 
     std::int64_t size() const { return range.end - range.begin; }
     PackedRow encode(const RowEncoder& encoder, std::int64_t row) const
@@ -77,39 +76,18 @@ void add_row(StepSums& sums, const BradleyTerryLoss& loss, double margin)
 }
 
 /// All weights: one packed pass per row, the score is h . w at the last token of each answer.
-class RewardModelObjective final : public TrainingObjective {
+class RewardModelObjective final : public DecoderObjective {
   public:
     RewardModelObjective(const TrainOptions& options, std::unique_ptr<DecoderTrainer> model, RowEncoder encoder,
                          Rows rows)
-        : save_dtype_(save_dtype(options)), model_(std::move(model)), encoder_(std::move(encoder)),
+        : DecoderObjective(std::move(model), save_dtype(options)), encoder_(std::move(encoder)),
           rows_(std::move(rows))
     {
     }
 
     std::int64_t rows() const override { return rows_.size(); }
-    std::int64_t cost(std::int64_t row) const override { return rows_.costs[static_cast<std::size_t>(row)]; }
     std::string row_name(std::int64_t row) const override { return rows_.name(row); }
-    std::vector<ParameterSpec> parameters() const override { return decoder_parameters(model_->config()); }
     CheckpointBinding binding() const override { return rows_.binding(); }
-    std::vector<std::int64_t> parameter_groups() const override { return decoder_parameter_groups(model_->config()); }
-    bool can_shard_parameters() const override { return true; }
-    void check_memory() const override
-    {
-        model_->check_activations(rows_.costs, [&](std::int64_t row) { return row_name(row); });
-    }
-    std::int64_t planned_bytes(const FlatLayout& layout, int ranks_on_node) const override
-    {
-        return model_->planned_bytes(layout, ranks_on_node);
-    }
-    std::int64_t weight_bytes() const override { return model_->weight_bytes(); }
-    CommTimes comm_times() const override { return model_->comm_times(); }
-    void initialise(TrainingWeights& weights) const override { model_->initialise(weights); }
-    void refresh(TrainingWeights& weights) override { model_->refresh(weights); }
-    std::int64_t engine_bytes() const override { return model_->engine().peak_allocated_bytes(); }
-    std::string engine_description() const override { return model_->engine().description(); }
-    std::vector<SafetensorSpec> tensors() const override { return model_tensors(model_->config()); }
-    DType saved_dtype() const override { return save_dtype_; }
-    void write_files(const std::string& directory) const override { model_->write_files(directory, save_dtype_); }
 
     void accumulate(std::span<const std::int64_t> rows, double scale, GradientSink& gradient, StepSums& sums,
                     std::vector<std::int64_t>& bad_rows) override
@@ -120,14 +98,14 @@ class RewardModelObjective final : public TrainingObjective {
             packed.push_back(rows_.encode(encoder_, row));
             batch.add_last_token(packed.back().trunk, packed.back().branches);
         }
-        Engine& engine = model_->engine();
-        model_->plan_pass(batch);
-        const auto pass = model_->decoder().forward(batch, true);
-        const std::int64_t hidden = model_->config().hidden;
+        Engine& engine = model().engine();
+        model().plan_pass(batch);
+        const auto pass = model().decoder().forward(batch, true);
+        const std::int64_t hidden = model().config().hidden;
         std::vector<float> h(static_cast<std::size_t>(batch.branches * hidden));
         SELM_EXPECT(pass->hidden().dtype == DType::f32);
         engine.copy_to_host(pass->hidden(), h.data());
-        const std::vector<double> scores = scores_of(h, model_->score_head().data());
+        const std::vector<double> scores = scores_of(h, model().score_head().data());
 
         std::vector<double> slopes(scores.size(), 0.0);
         std::size_t first = 0;
@@ -156,13 +134,12 @@ class RewardModelObjective final : public TrainingObjective {
                 {"rewards/accuracies", sums.mean(StepSums::accuracy)},
                 {"rewards/margins", sums.mean(StepSums::margin)}};
     }
-    void set_costs(std::vector<std::int64_t> costs) { rows_.costs = std::move(costs); }
     std::int64_t measure(std::int64_t row) const { return rows_.encode(encoder_, row).tokens(); }
 
   private:
     std::vector<double> scores_of(const std::vector<float>& h, const float* w) const
     {
-        const auto hidden = static_cast<std::size_t>(model_->config().hidden);
+        const auto hidden = static_cast<std::size_t>(model().config().hidden);
         std::vector<double> scores(h.size() / hidden, 0.0);
         for (std::size_t i = 0; i < scores.size(); ++i)
             for (std::size_t j = 0; j < hidden; ++j)
@@ -174,9 +151,9 @@ class RewardModelObjective final : public TrainingObjective {
     void backward(Decoder::Pass& pass, const std::vector<float>& h, const std::vector<double>& slopes,
                   GradientSink& gradient)
     {
-        const auto hidden = static_cast<std::size_t>(model_->config().hidden);
-        const std::int64_t head = ParameterIndex::head(model_->config());
-        const float* w = model_->score_head().data();
+        const auto hidden = static_cast<std::size_t>(model().config().hidden);
+        const std::int64_t head = ParameterIndex::head(model().config());
+        const float* w = model().score_head().data();
         const Tensor d_head = gradient.gradient(head);
         std::vector<float> dh(h.size());
         for (std::size_t i = 0; i < slopes.size(); ++i)
@@ -186,14 +163,12 @@ class RewardModelObjective final : public TrainingObjective {
                     d_head.f32()[j] += static_cast<float>(slopes[i] * static_cast<double>(h[i * hidden + j]));
             }
         gradient.ready(head);
-        Engine& engine = model_->engine();
+        Engine& engine = model().engine();
         const Tensor d_hidden = engine.allocate(pass.hidden().rows, pass.hidden().columns, pass.hidden().dtype);
         engine.copy_from_host(dh.data(), d_hidden);
-        model_->decoder().backward(pass, d_hidden, gradient);
+        model().decoder().backward(pass, d_hidden, gradient);
     }
 
-    DType save_dtype_;
-    std::unique_ptr<DecoderTrainer> model_;
     RowEncoder encoder_;
     Rows rows_;
 };

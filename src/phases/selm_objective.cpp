@@ -6,7 +6,7 @@
 #include <optional>
 #include <utility>
 
-#include "decoder_trainer.hpp"
+#include "decoder_objective.hpp"
 #include "packed_rows.hpp"
 #include "selm/algo/losses.hpp"
 #include "selm/base/error.hpp"
@@ -29,7 +29,6 @@ struct Rows {
     IterationReader::Pairs pairs;
     IterationReader::LogProbs reference;
     std::string pairs_digest, model_digest, reference_digest;
-    std::vector<std::int64_t> costs;
 };
 
 void compare(const std::string& path, const std::string& name, const char* what, const std::string& stored,
@@ -78,47 +77,26 @@ std::string digest_of(const IterationReader::LogProbs& log_probs)
     return hasher.hex();
 }
 
-class SelmObjective final : public TrainingObjective {
+class SelmObjective final : public DecoderObjective {
   public:
     SelmObjective(const TrainOptions& options, double alpha, double beta, std::unique_ptr<DecoderTrainer> model,
                   RowEncoder encoder, Rows rows)
-        : alpha_(alpha), beta_(beta), save_dtype_(save_dtype(options)), model_(std::move(model)),
+        : DecoderObjective(std::move(model), save_dtype(options)), alpha_(alpha), beta_(beta),
           encoder_(std::move(encoder)), rows_(std::move(rows))
     {
     }
 
     std::int64_t rows() const override { return rows_.reader->rows(); }
-    std::int64_t cost(std::int64_t row) const override { return rows_.costs[static_cast<std::size_t>(row)]; }
     std::string row_name(std::int64_t row) const override
     {
         return cat(rows_.reader->row_key(row), " (prompt_id \"", rows_.reader->id(row), "\")");
     }
-    std::vector<ParameterSpec> parameters() const override { return decoder_parameters(model_->config()); }
     CheckpointBinding binding() const override
     {
         return {{"policy", rows_.model_digest},
                 {"rows and pairs", rows_.pairs_digest},
                 {"reference log-probs", rows_.reference_digest}};
     }
-    std::vector<std::int64_t> parameter_groups() const override { return decoder_parameter_groups(model_->config()); }
-    bool can_shard_parameters() const override { return true; }
-    void check_memory() const override
-    {
-        model_->check_activations(rows_.costs, [&](std::int64_t row) { return row_name(row); });
-    }
-    std::int64_t planned_bytes(const FlatLayout& layout, int ranks_on_node) const override
-    {
-        return model_->planned_bytes(layout, ranks_on_node);
-    }
-    std::int64_t weight_bytes() const override { return model_->weight_bytes(); }
-    CommTimes comm_times() const override { return model_->comm_times(); }
-    void initialise(TrainingWeights& weights) const override { model_->initialise(weights); }
-    void refresh(TrainingWeights& weights) override { model_->refresh(weights); }
-    std::int64_t engine_bytes() const override { return model_->engine().peak_allocated_bytes(); }
-    std::string engine_description() const override { return model_->engine().description(); }
-    std::vector<SafetensorSpec> tensors() const override { return model_tensors(model_->config()); }
-    DType saved_dtype() const override { return save_dtype_; }
-    void write_files(const std::string& directory) const override { model_->write_files(directory, save_dtype_); }
 
     void accumulate(std::span<const std::int64_t> rows, double scale, GradientSink& gradient, StepSums& sums,
                     std::vector<std::int64_t>& bad_rows) override
@@ -129,8 +107,8 @@ class SelmObjective final : public TrainingObjective {
             packed.push_back(encoder_.encode(*rows_.reader, row, pair(row)));
             batch.add_scored(packed.back().trunk, packed.back().branches);
         }
-        model_->plan_pass(batch);
-        const auto pass = model_->decoder().forward_scored(batch);
+        model().plan_pass(batch);
+        const auto pass = model().decoder().forward_scored(batch);
         std::vector<double> branch_sums(static_cast<std::size_t>(batch.branches), 0.0);
         for (std::size_t i = 0; i < batch.owner.size();
              ++i) // in the order of selm_logp, so that equal weights give equal sums
@@ -145,7 +123,7 @@ class SelmObjective final : public TrainingObjective {
         std::vector<float> g(batch.owner.size());
         for (std::size_t i = 0; i < g.size(); ++i)
             g[i] = static_cast<float>(scale * slopes[static_cast<std::size_t>(batch.owner[i])]);
-        model_->backward_scored(*pass, g, gradient);
+        model().backward_scored(*pass, g, gradient);
         sums[StepSums::tokens] += static_cast<double>(batch.tokens.size());
     }
 
@@ -176,7 +154,6 @@ class SelmObjective final : public TrainingObjective {
     }
     const RowEncoder& encoder() const { return encoder_; }
     const IterationReader& reader() const { return *rows_.reader; }
-    void set_costs(std::vector<std::int64_t> costs) { rows_.costs = std::move(costs); }
 
   private:
     void row_loss(const PackedRow& row, std::span<const double> branch_sums, std::span<double> slopes, StepSums& sums,
@@ -221,8 +198,6 @@ class SelmObjective final : public TrainingObjective {
     }
 
     double alpha_, beta_;
-    DType save_dtype_;
-    std::unique_ptr<DecoderTrainer> model_;
     RowEncoder encoder_;
     Rows rows_;
 };

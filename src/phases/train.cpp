@@ -82,7 +82,10 @@ TrainReport run_train(const TrainOptions& options, Communicator& comm)
                       "--output is the directory that --policy reads (it would be overwritten). Pass another --output");
     });
     const SelmObjectiveParts parts = make_objective(options, comm);
-    agree(comm, "memory of the passes", [&] { parts.objective->check_memory(); });
+    agree(comm, "options beside the model and its rows", [&] {
+        frozen_parameters(options.freeze, parts.objective->parameters());
+        parts.objective->check_memory();
+    });
     const CheckpointBinding binding = binding_of(options, parts);
     TrainingOutput output(options.output, comm);
     if (const auto record = output.finished(binding)) {

@@ -41,37 +41,6 @@ ShardedAdamW::Options optimizer_options(const TrainOptions& o)
             .round_bf16 = parse_dtype(o.common.dtype) == DType::bf16};
 }
 
-/// Which parameters do the patterns of --freeze name? A fused parameter is frozen as a whole.
-/// @throws Error usage naming the pattern that fits nothing, or the tensors that must go together.
-std::vector<bool> frozen_parameters(const std::vector<std::string>& patterns, std::span<const ParameterSpec> parameters)
-{
-    std::vector<bool> frozen(parameters.size(), false);
-    std::vector<bool> used(patterns.size(), false);
-    for (std::size_t i = 0; i < parameters.size(); ++i) {
-        std::size_t fitting = 0;
-        std::string names;
-        for (const ParameterSpec::Part& part : parameters[i].parts) {
-            bool fits = false;
-            for (std::size_t p = 0; p < patterns.size(); ++p)
-                if (fnmatch(patterns[p].c_str(), part.name.c_str(), 0) == 0)
-                    fits = used[p] = true;
-            fitting += fits ? 1 : 0;
-            names += (names.empty() ? "" : ", ") + part.name;
-        }
-        SELM_VALIDATE(fitting == 0 || fitting == parameters[i].parts.size(), ExitCode::usage,
-                      "--freeze names only some of " << names
-                                                     << " (they are one matrix in training). Name all of them or none");
-        frozen[i] = fitting > 0;
-    }
-    for (std::size_t p = 0; p < patterns.size(); ++p)
-        SELM_VALIDATE(used[p], ExitCode::usage,
-                      "--freeze " << patterns[p] << " fits no tensor of the model. See `selm_inspect` or the names in "
-                                                    "model.safetensors");
-    SELM_VALIDATE(std::find(frozen.begin(), frozen.end(), false) != frozen.end(), ExitCode::usage,
-                  "--freeze names every tensor (nothing would be trained). Leave some out");
-    return frozen;
-}
-
 TrainingWeights::Options weights_options(const TrainOptions& o, const TrainingObjective& objective)
 {
     TrainingWeights::Options options;
@@ -106,6 +75,35 @@ double mean_of(std::span<const ordered_json> lines, const char* key)
 }
 
 } // namespace
+
+std::vector<bool> frozen_parameters(const std::vector<std::string>& patterns, std::span<const ParameterSpec> parameters)
+{
+    std::vector<bool> frozen(parameters.size(), false);
+    std::vector<bool> used(patterns.size(), false);
+    for (std::size_t i = 0; i < parameters.size(); ++i) {
+        std::size_t fitting = 0;
+        std::string names;
+        for (const ParameterSpec::Part& part : parameters[i].parts) {
+            bool fits = false;
+            for (std::size_t p = 0; p < patterns.size(); ++p)
+                if (fnmatch(patterns[p].c_str(), part.name.c_str(), 0) == 0)
+                    fits = used[p] = true;
+            fitting += fits ? 1 : 0;
+            names += (names.empty() ? "" : ", ") + part.name;
+        }
+        SELM_VALIDATE(fitting == 0 || fitting == parameters[i].parts.size(), ExitCode::usage,
+                      "--freeze names only some of " << names
+                                                     << " (they are one matrix in training). Name all of them or none");
+        frozen[i] = fitting > 0;
+    }
+    for (std::size_t p = 0; p < patterns.size(); ++p)
+        SELM_VALIDATE(used[p], ExitCode::usage,
+                      "--freeze " << patterns[p] << " fits no tensor of the model. Use names of its model.safetensors, such as "
+                                                    << parameters.front().parts.front().name);
+    SELM_VALIDATE(std::find(frozen.begin(), frozen.end(), false) != frozen.end(), ExitCode::usage,
+                  "--freeze names every tensor (nothing would be trained). Leave some out");
+    return frozen;
+}
 
 TrainingLoop::TrainingLoop(const TrainOptions& options, std::int64_t iteration, double learning_rate,
                            TrainingObjective& objective, TrainingOutput& output, CheckpointBinding binding,
@@ -207,7 +205,9 @@ TrainingLoop::Step TrainingLoop::step()
     step.learning_rate =
         learning_rate(parse_schedule(options_.schedule), peak_rate_, state_.step, total_steps_, options_.warmup_ratio);
     std::vector<std::int64_t> bad_rows;
-    agree(comm_, "training step", [&] { accumulate(step, bad_rows); });
+    // Not under agree(): the passes communicate, and a rank that fails in one could only meet the others in another
+    // collective. Its error ends the program on its own (program.cpp); rows were all encoded before the first step.
+    accumulate(step, bad_rows);
     {
         const Stopwatch time(own_times_.exposed), flight(own_times_.in_flight);
         comm_.all_reduce(std::span<double>(step.sums.values), ReduceOp::sum, "losses of the step");

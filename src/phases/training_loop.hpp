@@ -3,6 +3,8 @@
 #include <chrono>
 #include <cstdint>
 #include <optional>
+#include <span>
+#include <string>
 #include <vector>
 
 #include <nlohmann/json.hpp>
@@ -18,6 +20,10 @@
 #include "training_weights.hpp"
 
 namespace selm {
+
+/// Which parameters do the patterns of --freeze name? A fused parameter is frozen as a whole. Not collective.
+/// @throws Error usage naming the pattern that fits nothing, or the tensors that must go together.
+std::vector<bool> frozen_parameters(const std::vector<std::string>& patterns, std::span<const ParameterSpec> parameters);
 
 /**
  * @brief The loop around an objective: epochs, global batches dealt to ranks by cost, optimizer steps, metrics,

@@ -60,8 +60,6 @@ class TrainingObjective {
     virtual std::vector<ParameterSpec> parameters() const = 0;
     /// Ends of groups of parameters that are used together; empty: one group. See FlatLayoutOptions::group_ends.
     virtual std::vector<std::int64_t> parameter_groups() const { return {}; }
-    /// Can its passes gather parameters as they go (ZeRO stage 3)?
-    virtual bool can_shard_parameters() const { return false; }
     /// What a checkpoint is bound to besides the options.
     virtual CheckpointBinding binding() const = 0;
 

@@ -1,0 +1,56 @@
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "decoder_trainer.hpp"
+#include "selm/model/model_files.hpp"
+#include "training_objective.hpp"
+
+namespace selm {
+
+/// What objectives share that train all weights of a decoder: everything but rows and loss. Members as in TrainingObjective.
+class DecoderObjective : public TrainingObjective {
+  public:
+    std::vector<ParameterSpec> parameters() const override { return decoder_parameters(model_->config()); }
+    std::vector<std::int64_t> parameter_groups() const override { return decoder_parameter_groups(model_->config()); }
+    std::int64_t cost(std::int64_t row) const override { return costs_[static_cast<std::size_t>(row)]; }
+    void check_memory() const override
+    {
+        model_->check_activations(costs_, [&](std::int64_t row) { return row_name(row); });
+    }
+    std::int64_t planned_bytes(const FlatLayout& layout, int ranks_on_node) const override
+    {
+        return model_->planned_bytes(layout, ranks_on_node);
+    }
+    std::int64_t weight_bytes() const override { return model_->weight_bytes(); }
+    CommTimes comm_times() const override { return model_->comm_times(); }
+    void initialise(TrainingWeights& weights) const override { model_->initialise(weights); }
+    void refresh(TrainingWeights& weights) override { model_->refresh(weights); }
+    std::int64_t engine_bytes() const override { return model_->engine().peak_allocated_bytes(); }
+    std::string engine_description() const override { return model_->engine().description(); }
+    std::vector<SafetensorSpec> tensors() const override { return model_tensors(model_->config()); }
+    DType saved_dtype() const override { return saved_dtype_; }
+    void write_files(const std::string& directory) const override { model_->write_files(directory, saved_dtype_); }
+
+    /// Tokens of every row; before training.
+    void set_costs(std::vector<std::int64_t> costs) { costs_ = std::move(costs); }
+
+  protected:
+    DecoderObjective(std::unique_ptr<DecoderTrainer> model, DType saved_dtype)
+        : model_(std::move(model)), saved_dtype_(saved_dtype)
+    {
+    }
+    DecoderTrainer& model() { return *model_; }
+    const DecoderTrainer& model() const { return *model_; }
+
+  private:
+    std::unique_ptr<DecoderTrainer> model_;
+    DType saved_dtype_;
+    std::vector<std::int64_t> costs_;
+};
+
+} // namespace selm
