@@ -18,6 +18,7 @@
 #include "selm/base/provenance.hpp"
 #include "selm/base/stop.hpp"
 #include "selm/comm/agree.hpp"
+#include "selm/comm/places.hpp"
 #include "selm/comm/session.hpp"
 #include "selm/comm/watchdog.hpp"
 
@@ -120,9 +121,14 @@ class CommonValues final : public OptionVisitor {
   public:
     std::int64_t threads = 1;
     double collective_timeout = 0;
+    std::string device; ///< empty: the program has no such option, and computes nothing
 
     explicit CommonValues(const ProgramSpec& spec) { spec.describe(*this); }
-    void option(const char*, const char*, std::string&, const char*, OptionRole) override {}
+    void option(const char* section, const char* name, std::string& value, const char*, OptionRole) override
+    {
+        if (std::string(section) == "run" && std::string(name) == "device")
+            device = value;
+    }
     void option(const char* section, const char* name, std::int64_t& value, const char*, OptionRole) override
     {
         if (std::string(section) == "run" && std::string(name) == "threads")
@@ -153,6 +159,16 @@ void tell_of_newer_attempt(Communicator& world)
     });
 }
 
+/// Who runs where, before any work: most slow runs are ranks that were given one core together. Collective.
+void tell_places(Communicator& world, const CommonValues& values)
+{
+    const std::vector<RankPlace> places = find_places(world, values.device == "cuda");
+    for (const std::string& line : describe_places(places))
+        log_root(LogLevel::info, line);
+    for (const std::string& line : warn_of_shared_cores(places, values.threads))
+        log_root(LogLevel::warning, line);
+}
+
 ExitCode run_body(const ProgramSpec& spec, OptionTable& table, const OptionTable::Request& request, Communicator& world,
                   const std::function<ExitCode(ProgramContext&)>& body)
 {
@@ -171,8 +187,11 @@ ExitCode run_body(const ProgramSpec& spec, OptionTable& table, const OptionTable
     const CommonValues values(spec);
     set_collective_timeout(values.collective_timeout);
     std::optional<KokkosSession> kokkos;
-    if (!is_alone(spec, table))
+    if (!is_alone(spec, table)) {
+        if (!values.device.empty())
+            tell_places(world, values);
         kokkos.emplace(values.threads);
+    }
     const std::string recipe = table.recipe_text();
     ProgramContext context{world, table.config_text(), recipe, hash_hex(recipe)};
     const ExitCode code = body(context);

@@ -68,6 +68,14 @@ class DeviceBackend {
     virtual void receive(DevicePurpose purpose, void* data, std::size_t bytes, int source) = 0;
 };
 
+struct DeviceChoice {
+    int index; ///< among the devices that this rank sees
+    DevicePlace place;
+};
+/// The rank takes device (its rank on the node) modulo (devices that it sees), and makes it the current one. Collective.
+/// @throws Error configuration on all ranks when a rank sees none, or two share one.
+DeviceChoice choose_device(Communicator& ranks, DeviceBackend& backend);
+
 #ifdef SELM_ENABLE_CUDA
 std::unique_ptr<DeviceBackend> make_nccl_backend();
 #endif

@@ -17,7 +17,6 @@ namespace selm {
 namespace {
 
 using comm::DeviceBackend;
-using comm::DevicePlace;
 using Clock = std::chrono::steady_clock;
 
 constexpr DevicePurpose purposes[] = {DevicePurpose::gradients, DevicePurpose::parameters};
@@ -65,15 +64,6 @@ class Patience {
     std::chrono::microseconds pause_{5};
 };
 
-/// Strings of all ranks, in rank order. Collective.
-std::vector<std::string> gather_strings(Communicator& ranks, const std::string& own, std::string_view label)
-{
-    std::vector<std::string> all;
-    for (const auto& bytes : ranks.all_gather_ragged(std::as_bytes(std::span(own.data(), own.size())), label))
-        all.emplace_back(reinterpret_cast<const char*>(bytes.data()), bytes.size());
-    return all;
-}
-
 void check_offsets(std::span<const std::size_t> offsets, int size)
 {
     SELM_EXPECT(offsets.size() == static_cast<std::size_t>(size) + 1);
@@ -86,7 +76,14 @@ DeviceCommunicator::DeviceCommunicator(Communicator& ranks, const Options& optio
     : options_(options), backend_(std::move(backend)), rank_(ranks.rank()), size_(ranks.size()),
       exceptions_at_start_(std::uncaught_exceptions())
 {
-    choose_device(ranks);
+    agree(ranks, "device map", [&] {
+        SELM_VALIDATE(options_.timeout_s >= 0, ExitCode::usage,
+                      "the time-out of collectives is " << options_.timeout_s << " s. Pass 0 (wait for ever) or more");
+        SELM_EXPECT(options_.scratch_bytes >= 4 * static_cast<std::size_t>(size_) && options_.scratch_bytes % 4 == 0);
+    });
+    const auto [index, place] = comm::choose_device(ranks, *backend_);
+    device_ = index;
+    description_ = cat(backend_->version(), ", device ", device_, " (", place.name, ", ", place.bus, ") of ", place.host);
     const auto ids = prepare(ranks);
     // From here on nothing is agreed on: a rank that is missing must end in this rank's time-out, not in a wait for it.
     try {
@@ -98,32 +95,6 @@ DeviceCommunicator::DeviceCommunicator(Communicator& ranks, const Options& optio
         release();
         throw;
     }
-}
-
-void DeviceCommunicator::choose_device(Communicator& ranks)
-{
-    const auto node = ranks.split_node("device map");
-    DevicePlace place;
-    agree(ranks, "device map", [&] {
-        SELM_VALIDATE(options_.timeout_s >= 0, ExitCode::usage,
-                      "the time-out of collectives is " << options_.timeout_s << " s. Pass 0 (wait for ever) or more");
-        SELM_EXPECT(options_.scratch_bytes >= 4 * static_cast<std::size_t>(size_) && options_.scratch_bytes % 4 == 0);
-        with_context(cat("rank ", rank_, " on ", host_name()), [&] {
-            device_ = node->rank() % backend_->visible_devices();
-            place = backend_->use_device(device_);
-        });
-    });
-    const auto hosts = gather_strings(ranks, place.host, "device map");
-    const auto machines = gather_strings(ranks, place.machine, "device map");
-    const auto buses = gather_strings(ranks, place.bus, "device map");
-    const auto names = gather_strings(ranks, place.name, "device map");
-    agree(ranks, "device map", [&] {
-        std::vector<DevicePlace> places;
-        for (std::size_t r = 0; r < hosts.size(); ++r)
-            places.push_back({hosts[r], machines[r], buses[r], names[r]});
-        comm::check_one_rank_per_device(places);
-    });
-    description_ = cat(backend_->version(), ", device ", device_, " (", place.name, ", ", place.bus, ") of ", place.host);
 }
 
 /// Memory, and rank 0's ids on all ranks. Collective.

@@ -194,61 +194,23 @@ std::vector<std::vector<std::byte>> MpiCommunicator::all_to_all_ragged(const std
     MPI_Request request = MPI_REQUEST_NULL;
     SELM_MPI(label, MPI_Ialltoall(send_bytes.data(), 1, MPI_UINT64_T, receive_bytes.data(), 1, MPI_UINT64_T, comm_, &request));
     wait_for(request, call, ranks * sizeof(std::uint64_t));
-    std::uint64_t largest = std::max(std::accumulate(send_bytes.begin(), send_bytes.end(), std::uint64_t{0}),
-                                     std::accumulate(receive_bytes.begin(), receive_bytes.end(), std::uint64_t{0}));
-    // All ranks must take the same way.
-    SELM_MPI(label, MPI_Iallreduce(MPI_IN_PLACE, &largest, 1, MPI_UINT64_T, MPI_MAX, comm_, &request));
-    wait_for(request, call, sizeof largest);
-    return largest <= max_message_bytes() ? all_to_all_packed(send, receive_bytes, call)
-                                          : all_to_all_in_pieces(send, receive_bytes, call);
-}
-
-std::vector<std::vector<std::byte>> MpiCommunicator::all_to_all_packed(const std::vector<std::vector<std::byte>>& send,
-                                                                       std::span<const std::uint64_t> receive_bytes,
-                                                                       const Call& call)
-{
-    const auto ranks = static_cast<std::size_t>(size_);
-    std::vector<std::byte> outgoing;
-    std::vector<int> send_counts(ranks), send_starts(ranks), receive_counts(ranks), receive_starts(ranks);
-    std::size_t receive_total = 0;
-    for (std::size_t r = 0; r < ranks; ++r) {
-        send_starts[r] = to_count(outgoing.size());
-        send_counts[r] = to_count(send[r].size());
-        outgoing.insert(outgoing.end(), send[r].begin(), send[r].end());
-        receive_starts[r] = to_count(receive_total);
-        receive_counts[r] = to_count(receive_bytes[r]);
-        receive_total += receive_bytes[r];
-    }
-    std::vector<std::byte> incoming(receive_total);
-    MPI_Request request = MPI_REQUEST_NULL;
-    SELM_MPI(call.label, MPI_Ialltoallv(outgoing.data(), send_counts.data(), send_starts.data(), MPI_BYTE, incoming.data(),
-                                        receive_counts.data(), receive_starts.data(), MPI_BYTE, comm_, &request));
-    wait_for(request, call, outgoing.size() + receive_total);
+    // No copies on the way: what is sent lies where the caller has it, what comes goes where the caller will have it.
     std::vector<std::vector<std::byte>> result(ranks);
-    for (std::size_t r = 0; r < ranks; ++r) {
-        const auto* const begin = incoming.data() + receive_starts[r];
-        result[r].assign(begin, begin + receive_counts[r]);
+    std::vector<Outgoing> outgoing;
+    std::vector<Incoming> incoming;
+    for (int step = 1; step < size_; ++step) { // not all ranks at one rank first
+        const int destination = (rank_ + step) % size_, source = (rank_ - step + size_) % size_;
+        const auto& data = send[static_cast<std::size_t>(destination)];
+        auto& place = result[static_cast<std::size_t>(source)];
+        place.resize(receive_bytes[static_cast<std::size_t>(source)]);
+        if (!data.empty())
+            outgoing.push_back({destination, data});
+        if (!place.empty())
+            incoming.push_back({source, place});
     }
-    return result;
-}
-
-// Pairwise: in step s a rank sends to rank + s and receives from rank - s. Both sides know the sizes, so the pieces of an
-// exchange meet; the steps come in one order on both sides, and messages of a pair do not overtake each other.
-std::vector<std::vector<std::byte>> MpiCommunicator::all_to_all_in_pieces(const std::vector<std::vector<std::byte>>& send,
-                                                                          std::span<const std::uint64_t> receive_bytes,
-                                                                          const Call& call)
-{
-    std::vector<std::vector<std::byte>> result(static_cast<std::size_t>(size_));
-    for (int step = 0; step < size_; ++step) {
-        const int destination = (rank_ + step) % size_;
-        const int source = (rank_ - step + size_) % size_;
-        auto& incoming = result[static_cast<std::size_t>(source)];
-        incoming.resize(receive_bytes[static_cast<std::size_t>(source)]);
-        const Outgoing to{destination, send[static_cast<std::size_t>(destination)]};
-        const Incoming from{source, incoming};
-        const auto operation = comm::start_exchange(comm_, std::span(&to, 1), std::span(&from, 1), piece_tag, call.label);
-        wait_until(call, Pausing::bulk, [&] { return operation->advance(); });
-    }
+    const auto operation = comm::start_exchange(comm_, outgoing, incoming, piece_tag, label);
+    result[static_cast<std::size_t>(rank_)] = send[static_cast<std::size_t>(rank_)];
+    wait_until(call, Pausing::bulk, [&] { return operation->advance(); });
     return result;
 }
 

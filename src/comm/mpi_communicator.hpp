@@ -67,10 +67,6 @@ class MpiCommunicator final : public Communicator {
     void broadcast_pieces(std::span<std::byte> data, int root, const Call& call);
     /// recv.size() within the message limit.
     void gather_blocks(std::span<const std::byte> send, std::span<std::byte> recv, const Call& call);
-    std::vector<std::vector<std::byte>> all_to_all_packed(const std::vector<std::vector<std::byte>>& send,
-                                                          std::span<const std::uint64_t> receive_bytes, const Call& call);
-    std::vector<std::vector<std::byte>> all_to_all_in_pieces(const std::vector<std::vector<std::byte>>& send,
-                                                             std::span<const std::uint64_t> receive_bytes, const Call& call);
     int first_rank_of(MPI_Comm part, std::string_view label) const;
 
     MPI_Comm comm_;

@@ -58,7 +58,7 @@ void ByteLevelDecoder::apply(std::vector<std::string>& tokens) const
 void SpaceJoinDecoder::apply(std::vector<std::string>& tokens) const
 {
     for (std::size_t i = 1; i < tokens.size(); ++i)
-        tokens[i].insert(0, " ");
+        tokens[i].insert(0, 1, ' ');
 }
 
 void ByteFallbackDecoder::apply(std::vector<std::string>& tokens) const

@@ -121,7 +121,6 @@ class DeviceCommunicator {
         void* last_event = nullptr;  ///< of the newest operation queued
     };
 
-    void choose_device(Communicator& ranks);
     std::array<std::vector<std::byte>, 2> prepare(Communicator& ranks);
     void connect(DevicePurpose purpose, const std::vector<std::byte>& id);
     void close() noexcept;

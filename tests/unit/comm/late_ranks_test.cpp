@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include "selm/base/error.hpp"
+
 namespace selm::comm {
 namespace {
 
@@ -9,7 +11,7 @@ using Kind = RankState::Kind;
 
 RankState state(int rank, Kind kind, bool arrived = false, std::string label = {}, std::uint64_t number = 0, bool same_group = false)
 {
-    return {rank, "n" + std::to_string(rank / 4), kind, arrived, std::move(label), number, same_group};
+    return {rank, cat("n", rank / 4), kind, arrived, std::move(label), number, same_group};
 }
 
 TEST(LateRanks, Verdicts)

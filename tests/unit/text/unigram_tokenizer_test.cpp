@@ -7,6 +7,7 @@
 #include <nlohmann/json.hpp>
 
 #include "error_message.hpp"
+#include "selm/base/error.hpp"
 #include "temporary_directory.hpp"
 
 namespace selm {
@@ -141,10 +142,10 @@ TEST_F(Unigram, MissingAndDamagedModelsAreNamed)
 TEST_F(Unigram, SentencePieceModelsAreReadDirectly)
 {
     const auto piece = [](const std::string& text, float score, char type) {
-        std::string message = "\x0a" + std::string(1, static_cast<char>(text.size())) + text + "\x15";
+        std::string message = cat('\x0a', static_cast<char>(text.size()), text, '\x15');
         message.append(reinterpret_cast<const char*>(&score), sizeof score);
-        message += std::string("\x18") + type;
-        return "\x0a" + std::string(1, static_cast<char>(message.size())) + message;
+        message += cat('\x18', type);
+        return cat('\x0a', static_cast<char>(message.size()), message);
     };
     directory_.write("spm.model", piece("[CLS]", 0, 3) + piece("[UNK]", 0, 2) + piece("\u2581", -2, 1) +
                                       piece("a", -3, 1) + piece("<0x41>", 0, 6) +
