@@ -1,7 +1,9 @@
 #pragma once
 
 #include <functional>
+#include <fstream>
 #include <iostream>
+#include <map>
 #include <string>
 
 #include <nlohmann/json.hpp>
@@ -34,6 +36,20 @@ inline void answer_lines(const std::function<nlohmann::json(const nlohmann::json
 {
     for (std::string line; std::getline(std::cin, line);)
         std::cout << answer(nlohmann::json::parse(line)).dump() << "\n";
+}
+
+/// main of a tool whose request, a JSON file, says in "op" which of the @p operations it is for.
+inline int request_main(int argc, char** argv, const char* usage,
+                        const std::map<std::string, std::function<void(const nlohmann::json& request)>>& operations)
+{
+    return tool_main(argc, argv, usage, [&](const std::string& file) {
+        std::ifstream in(file);
+        const nlohmann::json request = nlohmann::json::parse(in);
+        const std::string operation = request["op"];
+        if (operations.count(operation) == 0)
+            throw usage_error("unknown op " + operation);
+        operations.at(operation)(request);
+    });
 }
 
 /// "text" of a request, or the bytes that its "hex" spells: JSON holds valid UTF-8 alone.

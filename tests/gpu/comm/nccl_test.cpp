@@ -4,33 +4,26 @@
 #include <gtest/gtest.h>
 
 #include "device_backend.hpp"
+#include "device_buffers.hpp"
 #include "mpi_test.hpp"
 #include "selm/base/error.hpp"
 #include "selm/base/rng.hpp"
 #include "selm/comm/device_communicator.hpp"
 #include "selm/kernels/device_kernels.hpp"
-#include "selm/kernels/device_memory.hpp"
 
 // DeviceCommunicator over NCCL on real GPUs, one per rank: 1 rank on one GPU; more where there are more.
 namespace selm {
 namespace {
 
+using test::on_host;
+using test::own_rank;
+using test::rank_count;
 using Floats = std::vector<float>;
 using Halves = std::vector<std::uint16_t>;
 
 Communicator& world()
 {
     return test::test_world();
-}
-
-std::size_t ranks()
-{
-    return static_cast<std::size_t>(world().size());
-}
-
-std::size_t own_rank()
-{
-    return static_cast<std::size_t>(world().rank());
 }
 
 Error error_of(const std::function<void()>& body)
@@ -53,17 +46,7 @@ void sum_on_device(const void* parts, DeviceElement element, std::int64_t number
 template<typename T>
 DeviceBuffer on_device(const std::vector<T>& values)
 {
-    DeviceBuffer buffer(Device::cuda, values.size() * sizeof(T));
-    buffer.copy_from_host(values.data(), buffer.bytes());
-    return buffer;
-}
-
-template<typename T>
-std::vector<T> on_host(const DeviceBuffer& buffer)
-{
-    std::vector<T> values(buffer.bytes() / sizeof(T));
-    buffer.copy_to_host(values.data(), buffer.bytes());
-    return values;
+    return test::copy_to(Device::cuda, values);
 }
 
 /// Skips on all ranks unless each has a GPU of its own.
@@ -103,7 +86,7 @@ float contribution(std::size_t rank, std::size_t i)
 std::vector<std::size_t> offsets_of(std::size_t unit, bool equal)
 {
     std::vector<std::size_t> offsets{5};
-    for (std::size_t r = 0; r < ranks(); ++r)
+    for (std::size_t r = 0; r < rank_count(); ++r)
         offsets.push_back(offsets.back() + (equal ? unit : (r * 3 + 1) % 4 * unit));
     return offsets;
 }
@@ -142,7 +125,7 @@ TEST_F(Nccl, library_sums)
 {
     NEEDS_A_GPU_PER_RANK;
     const auto device = make();
-    Floats full(1000 * ranks());
+    Floats full(1000 * rank_count());
     for (std::size_t i = 0; i < full.size(); ++i)
         full[i] = static_cast<float>(i % 100 + own_rank()); // sums of small whole numbers are exact in any order
     const DeviceBuffer data = on_device(full);
@@ -152,7 +135,7 @@ TEST_F(Nccl, library_sums)
     device->wait(DevicePurpose::gradients);
     const Floats got = on_host<float>(data), own = on_host<float>(shard);
     for (std::size_t i = 0; i < got.size(); ++i)
-        ASSERT_EQ(got[i], static_cast<float>(i % 100 * ranks() + ranks() * (ranks() - 1) / 2)) << i;
+        ASSERT_EQ(got[i], static_cast<float>(i % 100 * rank_count() + rank_count() * (rank_count() - 1) / 2)) << i;
     for (std::size_t i = 0; i < own.size(); ++i)
         ASSERT_EQ(own[i], got[own_rank() * 1000 + i]) << i;
 }
@@ -190,7 +173,7 @@ TEST_F(Nccl, orders_with_computation)
     device->compute_waits_for(nullptr, DevicePurpose::gradients);
     convert_f32_to_bf16(compute, wide.as<float>(), back.as<std::uint16_t>(), count);
     const Halves got = on_host<std::uint16_t>(back);
-    const auto expected = static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(static_cast<float>(ranks())) >> 16);
+    const auto expected = static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(static_cast<float>(rank_count())) >> 16);
     EXPECT_EQ(got, Halves(count, expected));
 }
 

@@ -11,21 +11,18 @@
 
 #include <gtest/gtest.h>
 
-#include "message_limit.hpp"
+#include "message_limit_test.hpp"
 #include "mpi_test.hpp"
 #include "selm/base/rng.hpp"
 
 namespace selm {
 namespace {
 
+using test::rank_count;
+
 Communicator& world()
 {
     return test::test_world();
-}
-
-std::size_t ranks()
-{
-    return static_cast<std::size_t>(world().size());
 }
 
 /// Byte i of what rank `from` sends to rank `to`.
@@ -44,18 +41,7 @@ std::vector<std::byte> message(int from, int to, std::size_t bytes)
 
 /// Every test runs with the normal limit (one MPI call) and with one so small that each transfer is cut into pieces:
 /// the same code path as transfers above 2^31 bytes.
-class Transfer : public testing::TestWithParam<std::size_t> {
-  protected:
-    void SetUp() override
-    {
-        normal_ = comm::max_message_bytes();
-        comm::set_max_message_bytes(GetParam());
-    }
-    void TearDown() override { comm::set_max_message_bytes(normal_); }
-
-  private:
-    std::size_t normal_ = 0;
-};
+class Transfer : public test::WithMessageLimit {};
 
 TEST_P(Transfer, BroadcastFromEveryRoot)
 {
@@ -71,7 +57,7 @@ TEST_P(Transfer, BroadcastFromEveryRoot)
 TEST_P(Transfer, AllGatherHasBlocksInRankOrder)
 {
     for (const std::size_t bytes : {std::size_t{0}, std::size_t{3}, std::size_t{333}}) {
-        std::vector<std::byte> all(bytes * ranks());
+        std::vector<std::byte> all(bytes * rank_count());
         world().all_gather(message(world().rank(), 0, bytes), all, "gather");
         for (int r = 0; r < world().size(); ++r) {
             const auto begin = all.begin() + static_cast<std::ptrdiff_t>(bytes) * r;
@@ -85,7 +71,7 @@ TEST_P(Transfer, RaggedGatherWithEmptyContributions)
     // Rank r sends 150 r bytes: rank 0 nothing.
     const auto bytes_of = [](int r) { return static_cast<std::size_t>(r) * 150; };
     const auto all = world().all_gather_ragged(message(world().rank(), 1, bytes_of(world().rank())), "ragged");
-    ASSERT_EQ(all.size(), ranks());
+    ASSERT_EQ(all.size(), rank_count());
     for (int r = 0; r < world().size(); ++r)
         EXPECT_EQ(all[static_cast<std::size_t>(r)], message(r, 1, bytes_of(r)));
     for (const auto& part : world().all_gather_ragged({}, "nothing at all"))
@@ -95,14 +81,14 @@ TEST_P(Transfer, RaggedGatherWithEmptyContributions)
 TEST_P(Transfer, RaggedAllToAllWithEmptyParts)
 {
     const auto bytes_of = [](int from, int to) { return static_cast<std::size_t>((from * 5 + to * 3) % 4) * 131; };
-    std::vector<std::vector<std::byte>> send(ranks());
+    std::vector<std::vector<std::byte>> send(rank_count());
     for (int to = 0; to < world().size(); ++to)
         send[static_cast<std::size_t>(to)] = message(world().rank(), to, bytes_of(world().rank(), to));
     const auto received = world().all_to_all_ragged(send, "all to all");
-    ASSERT_EQ(received.size(), ranks());
+    ASSERT_EQ(received.size(), rank_count());
     for (int from = 0; from < world().size(); ++from)
         EXPECT_EQ(received[static_cast<std::size_t>(from)], message(from, world().rank(), bytes_of(from, world().rank())));
-    for (const auto& part : world().all_to_all_ragged(std::vector<std::vector<std::byte>>(ranks()), "nothing at all"))
+    for (const auto& part : world().all_to_all_ragged(std::vector<std::vector<std::byte>>(rank_count()), "nothing at all"))
         EXPECT_TRUE(part.empty());
 }
 
@@ -178,7 +164,7 @@ TEST_P(Transfer, IntegerReductions)
 std::vector<std::size_t> unequal_offsets()
 {
     std::vector<std::size_t> offsets{0};
-    for (std::size_t r = 0; r < ranks(); ++r)
+    for (std::size_t r = 0; r < rank_count(); ++r)
         offsets.push_back(offsets.back() + (r == 1 ? 0 : 50 + 23 * r));
     return offsets;
 }
@@ -244,7 +230,7 @@ TEST(Communicator, TypedHelpers)
         double value;
     };
     const auto all = all_gather_value(world(), Pair{world().rank(), world().rank() * 0.5}, "pairs");
-    ASSERT_EQ(all.size(), ranks());
+    ASSERT_EQ(all.size(), rank_count());
     for (int r = 0; r < world().size(); ++r) {
         EXPECT_EQ(all[static_cast<std::size_t>(r)].rank, r);
         EXPECT_EQ(all[static_cast<std::size_t>(r)].value, r * 0.5);

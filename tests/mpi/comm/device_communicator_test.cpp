@@ -18,6 +18,8 @@
 namespace selm {
 namespace {
 
+using test::own_rank;
+using test::rank_count;
 using comm::DeviceBackend;
 using comm::DevicePlace;
 using Floats = std::vector<float>;
@@ -26,16 +28,6 @@ using Halves = std::vector<std::uint16_t>;
 Communicator& world()
 {
     return test::test_world();
-}
-
-std::size_t ranks()
-{
-    return static_cast<std::size_t>(world().size());
-}
-
-std::size_t own_rank()
-{
-    return static_cast<std::size_t>(world().rank());
 }
 
 struct Script {
@@ -158,16 +150,16 @@ class FakeBackend final : public DeviceBackend {
         started("all_gather", purpose);
         const auto* const from = static_cast<const std::byte*>(shard);
         const std::vector<std::byte> own(from, from + count * size(element));
-        world().all_gather(own, {static_cast<std::byte*>(full), own.size() * ranks()}, "fake");
+        world().all_gather(own, {static_cast<std::byte*>(full), own.size() * rank_count()}, "fake");
     }
     void reduce_scatter(DevicePurpose purpose, const void* full, void* shard, std::size_t count, DeviceElement element) override
     {
         started("reduce_scatter", purpose);
         ASSERT_EQ(element, DeviceElement::f32);
         std::vector<std::size_t> offsets;
-        for (std::size_t r = 0; r <= ranks(); ++r)
+        for (std::size_t r = 0; r <= rank_count(); ++r)
             offsets.push_back(r * count);
-        world().reduce_scatter_sum({static_cast<const float*>(full), count * ranks()}, offsets,
+        world().reduce_scatter_sum({static_cast<const float*>(full), count * rank_count()}, offsets,
                                    {static_cast<float*>(shard), count}, "fake");
     }
     void group(DevicePurpose purpose, const std::function<void()>& body) override
@@ -278,7 +270,7 @@ void plain_sum(const void* parts, DeviceElement element, std::int64_t number_of_
 std::vector<std::size_t> uneven_offsets(std::size_t unit, std::size_t shift, std::size_t first)
 {
     std::vector<std::size_t> offsets{first};
-    for (std::size_t r = 0; r < ranks(); ++r)
+    for (std::size_t r = 0; r < rank_count(); ++r)
         offsets.push_back(offsets.back() + (r * 3 + shift) % 4 * unit);
     return offsets;
 }
@@ -286,7 +278,7 @@ std::vector<std::size_t> uneven_offsets(std::size_t unit, std::size_t shift, std
 TEST(DeviceCommunicatorTest, SumsInRankOrderAsTheHostDoes)
 {
     // The smallest scratch memory holds one element of each rank: many rounds.
-    for (const std::size_t scratch : {4 * ranks(), std::size_t{1200} * 4, std::size_t{1} << 16}) {
+    for (const std::size_t scratch : {4 * rank_count(), std::size_t{1200} * 4, std::size_t{1} << 16}) {
         Script script;
         const auto device = make(script, options(scratch));
         for (const std::size_t shift : {std::size_t{0}, std::size_t{1}, std::size_t{2}}) {
@@ -316,16 +308,16 @@ TEST(DeviceCommunicatorTest, SumsLeftToTheLibrary)
 {
     Script script;
     const auto device = make(script);
-    Floats full(6 * ranks());
+    Floats full(6 * rank_count());
     for (std::size_t i = 0; i < full.size(); ++i)
         full[i] = static_cast<float>(i + own_rank());
-    const float ranks_sum = static_cast<float>(ranks() * (ranks() - 1) / 2);
+    const float ranks_sum = static_cast<float>(rank_count() * (rank_count() - 1) / 2);
     Floats shard(6);
     device->reduce_scatter_sum_unordered(DevicePurpose::gradients, full.data(), shard.data(), 6, DeviceElement::f32, "sum");
     device->all_reduce_sum_unordered(DevicePurpose::gradients, full.data(), full.size(), DeviceElement::f32, "sum");
     device->wait(DevicePurpose::gradients);
     for (std::size_t i = 0; i < full.size(); ++i)
-        EXPECT_EQ(full[i], static_cast<float>(i * ranks()) + ranks_sum) << i;
+        EXPECT_EQ(full[i], static_cast<float>(i * rank_count()) + ranks_sum) << i;
     EXPECT_EQ(shard, Floats(full.begin() + static_cast<std::ptrdiff_t>(6 * own_rank()),
                             full.begin() + static_cast<std::ptrdiff_t>(6 * own_rank() + 6)));
 }
@@ -335,7 +327,7 @@ TEST(DeviceCommunicatorTest, GathersShardsOfAnyLength)
     Script script;
     const auto device = make(script);
     std::vector<std::size_t> equal{2};
-    for (std::size_t r = 0; r < ranks(); ++r)
+    for (std::size_t r = 0; r < rank_count(); ++r)
         equal.push_back(equal.back() + 5);
     for (const auto& offsets : {equal, uneven_offsets(7, 0, 2), uneven_offsets(7, 1, 2)}) {
         for (const bool in_place : {false, true}) {

@@ -9,7 +9,7 @@
 
 #include <gtest/gtest.h>
 
-#include "message_limit.hpp"
+#include "message_limit_test.hpp"
 #include "mpi_test.hpp"
 #include "own_tags.hpp"
 #include "selm/base/error.hpp"
@@ -19,19 +19,12 @@
 namespace selm {
 namespace {
 
+using test::own_rank;
+using test::rank_count;
+
 Communicator& world()
 {
     return test::test_world();
-}
-
-std::size_t ranks()
-{
-    return static_cast<std::size_t>(world().size());
-}
-
-std::size_t own()
-{
-    return static_cast<std::size_t>(world().rank());
 }
 
 /// Numbers whose sum depends on its order.
@@ -51,14 +44,14 @@ enum class Shape { even, odd, second_empty, all_on_last, empty, gap_before, one_
 std::vector<std::size_t> offsets_of(Shape shape)
 {
     std::vector<std::size_t> offsets{shape == Shape::gap_before ? std::size_t{5} : 0};
-    for (std::size_t r = 0; r < ranks(); ++r) {
+    for (std::size_t r = 0; r < rank_count(); ++r) {
         std::size_t count = 40;
         if (shape == Shape::odd)
             count = 31 + (r % 2);
         if (shape == Shape::second_empty || shape == Shape::gap_before)
             count = r == 1 ? 0 : 50 + 23 * r;
         if (shape == Shape::all_on_last)
-            count = r + 1 == ranks() ? 333 : 0;
+            count = r + 1 == rank_count() ? 333 : 0;
         if (shape == Shape::empty)
             count = 0;
         if (shape == Shape::one_element)
@@ -85,25 +78,14 @@ bool same_bits(const std::vector<float>& a, const std::vector<float>& b)
 }
 
 /// Two limits: one MPI call each, and pieces of 64 bytes, the code path of transfers above 2^31 bytes.
-class Pending : public testing::TestWithParam<std::size_t> {
-  protected:
-    void SetUp() override
-    {
-        normal_ = comm::max_message_bytes();
-        comm::set_max_message_bytes(GetParam());
-    }
-    void TearDown() override { comm::set_max_message_bytes(normal_); }
-
-  private:
-    std::size_t normal_ = 0;
-};
+class Pending : public test::WithMessageLimit {};
 
 TEST_P(Pending, ReduceScatterHasTheBitsOfTheBlockingCall)
 {
     for (const Shape shape : all_shapes) {
         const auto offsets = offsets_of(shape);
         const auto full = contributions(offsets);
-        std::vector<float> expected(offsets[own() + 1] - offsets[own()], -1.0F);
+        std::vector<float> expected(offsets[own_rank() + 1] - offsets[own_rank()], -1.0F);
         world().reduce_scatter_sum(full, offsets, expected, "blocking");
         std::vector<float> shard(expected.size(), -2.0F);
         auto pending = world().start_reduce_scatter_sum(full, offsets, shard, "started");
@@ -113,7 +95,7 @@ TEST_P(Pending, ReduceScatterHasTheBitsOfTheBlockingCall)
         EXPECT_TRUE(same_bits(shard, expected)) << "shape " << static_cast<int>(shape);
 
         auto in_place = full;
-        const std::span<float> part = std::span<float>(in_place).subspan(offsets[own()], shard.size());
+        const std::span<float> part = std::span<float>(in_place).subspan(offsets[own_rank()], shard.size());
         world().start_reduce_scatter_sum(in_place, offsets, part, "in place")->wait();
         EXPECT_TRUE(same_bits(std::vector<float>(part.begin(), part.end()), expected)) << "shape " << static_cast<int>(shape);
     }
@@ -123,7 +105,7 @@ TEST_P(Pending, NegativeZerosKeepTheirSign)
 {
     const auto offsets = offsets_of(Shape::even);
     const std::vector<float> full(offsets.back(), -0.0F);
-    std::vector<float> shard(offsets[own() + 1] - offsets[own()], 1.0F);
+    std::vector<float> shard(offsets[own_rank() + 1] - offsets[own_rank()], 1.0F);
     world().start_reduce_scatter_sum(full, offsets, shard, "zeros")->wait();
     EXPECT_TRUE(std::signbit(shard.front()));
 }
@@ -135,10 +117,10 @@ TEST_P(Pending, Bf16IsSummedInFp32InRankOrder)
         std::vector<std::uint16_t> full;
         for (const float value : contributions(offsets))
             full.push_back(bf16_bits(value));
-        std::vector<float> expected(offsets[own() + 1] - offsets[own()]);
+        std::vector<float> expected(offsets[own_rank() + 1] - offsets[own_rank()]);
         for (std::size_t i = 0; i < expected.size(); ++i)
             for (int r = 0; r < world().size(); ++r) {
-                const auto bits = static_cast<std::uint32_t>(bf16_bits(contribution(r, offsets[own()] + i))) << 16;
+                const auto bits = static_cast<std::uint32_t>(bf16_bits(contribution(r, offsets[own_rank()] + i))) << 16;
                 expected[i] = r == 0 ? std::bit_cast<float>(bits) : expected[i] + std::bit_cast<float>(bits);
             }
         std::vector<float> shard(expected.size(), -2.0F);
@@ -154,15 +136,15 @@ TEST_P(Pending, GatherOfShardsFromOutsideAndInPlace)
         std::vector<float> expected(offsets.back() + 2, -1.0F); // what lies outside of all shards stays
         std::iota(expected.begin() + static_cast<std::ptrdiff_t>(offsets.front()),
                   expected.begin() + static_cast<std::ptrdiff_t>(offsets.back()), 1.0F);
-        const std::vector<float> shard(expected.begin() + static_cast<std::ptrdiff_t>(offsets[own()]),
-                                       expected.begin() + static_cast<std::ptrdiff_t>(offsets[own() + 1]));
+        const std::vector<float> shard(expected.begin() + static_cast<std::ptrdiff_t>(offsets[own_rank()]),
+                                       expected.begin() + static_cast<std::ptrdiff_t>(offsets[own_rank() + 1]));
         std::vector<float> full(expected.size(), -1.0F);
         world().start_all_gather_shards(shard, offsets, full, "gather")->wait();
         EXPECT_TRUE(same_bits(full, expected)) << "shape " << static_cast<int>(shape);
 
         std::vector<float> in_place(expected.size(), -1.0F);
-        std::copy(shard.begin(), shard.end(), in_place.begin() + static_cast<std::ptrdiff_t>(offsets[own()]));
-        world().start_all_gather_shards(std::span<const float>(in_place).subspan(offsets[own()], shard.size()), offsets, in_place,
+        std::copy(shard.begin(), shard.end(), in_place.begin() + static_cast<std::ptrdiff_t>(offsets[own_rank()]));
+        world().start_all_gather_shards(std::span<const float>(in_place).subspan(offsets[own_rank()], shard.size()), offsets, in_place,
                                         "gather in place")->wait();
         EXPECT_TRUE(same_bits(in_place, expected)) << "shape " << static_cast<int>(shape);
     }
@@ -180,7 +162,7 @@ TEST_P(Pending, ManyInFlightWaitedForInAnyOrder)
         for (const Shape shape : all_shapes) {
             Case one{offsets_of(shape), {}, {}, {}, {}, {}};
             one.full = contributions(one.offsets, salt);
-            one.expected.resize(one.offsets[own() + 1] - one.offsets[own()]);
+            one.expected.resize(one.offsets[own_rank() + 1] - one.offsets[own_rank()]);
             one.shard.resize(one.expected.size());
             world().reduce_scatter_sum(one.full, one.offsets, one.expected, "blocking");
             one.gathered_expected.resize(one.offsets.back());
@@ -209,7 +191,7 @@ TEST_P(Pending, TestAloneFinishesIt)
 {
     const auto offsets = offsets_of(Shape::all_on_last);
     const auto full = contributions(offsets);
-    std::vector<float> expected(offsets[own() + 1] - offsets[own()]), shard(expected.size());
+    std::vector<float> expected(offsets[own_rank() + 1] - offsets[own_rank()]), shard(expected.size());
     world().reduce_scatter_sum(full, offsets, expected, "blocking");
     const auto pending = world().start_reduce_scatter_sum(full, offsets, shard, "polled");
     while (!pending->test())
@@ -221,7 +203,7 @@ TEST_P(Pending, DestructionWaits)
 {
     const auto offsets = offsets_of(Shape::second_empty);
     const auto full = contributions(offsets);
-    std::vector<float> expected(offsets[own() + 1] - offsets[own()]), shard(expected.size());
+    std::vector<float> expected(offsets[own_rank() + 1] - offsets[own_rank()]), shard(expected.size());
     world().reduce_scatter_sum(full, offsets, expected, "blocking");
     world().start_reduce_scatter_sum(full, offsets, shard, "dropped");
     EXPECT_TRUE(same_bits(shard, expected));
@@ -231,7 +213,7 @@ TEST_P(Pending, UnwindingFromAnAgreedErrorFinishesToo)
 {
     const auto offsets = offsets_of(Shape::all_on_last);
     const auto full = contributions(offsets);
-    std::vector<float> expected(offsets[own() + 1] - offsets[own()]), shard(expected.size());
+    std::vector<float> expected(offsets[own_rank() + 1] - offsets[own_rank()]), shard(expected.size());
     world().reduce_scatter_sum(full, offsets, expected, "blocking");
     EXPECT_THROW(
         {
@@ -326,7 +308,7 @@ TEST(PendingCollective, TagsAreUsedAgain)
     const auto copy = world().duplicate("tags");
     const auto offsets = offsets_of(Shape::all_on_last); // in rounds where there are more than two ranks
     const auto full = contributions(offsets);
-    std::vector<float> expected(offsets[own() + 1] - offsets[own()]);
+    std::vector<float> expected(offsets[own_rank() + 1] - offsets[own_rank()]);
     copy->reduce_scatter_sum(full, offsets, expected, "blocking");
     comm::set_max_message_bytes(512);
     const int count = comm::reduce_tags + 20;

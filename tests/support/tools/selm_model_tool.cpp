@@ -19,7 +19,6 @@
 
 #include "json_tool.hpp"
 #include "selm/base/error.hpp"
-#include "selm/base/files.hpp"
 #include "selm/kernels/engine.hpp"
 #include "selm/model/decoder.hpp"
 #include "selm/model/model_files.hpp"
@@ -241,31 +240,16 @@ void save(const Json& request)
     selm::write_model_weights(to, config, tensors, dtype_of(request), request["max_shard_bytes"]);
 }
 
-void answer(const Json& request)
-{
-    const std::string op = request["op"];
-    if (op == "logits")
-        logits(request);
-    else if (op == "decode")
-        decode(request);
-    else if (op == "log_probs")
-        log_probs(request);
-    else if (op == "gradients")
-        gradients(request);
-    else if (op == "scores")
-        scores(request);
-    else if (op == "save")
-        save(request);
-    else
-        throw selm::usage_error("unknown op " + op);
-}
-
 } // namespace
 
 int main(int argc, char** argv)
 {
-    return selm::test::tool_main(argc, argv, "selm_model_tool REQUEST.json", [](const std::string& file) {
-        const selm::KernelRuntime runtime(1);
-        answer(Json::parse(selm::read_file(file)));
-    });
+    const selm::KernelRuntime runtime(1);
+    return selm::test::request_main(argc, argv, "selm_model_tool REQUEST.json",
+                                    {{"logits", logits},
+                                     {"decode", decode},
+                                     {"log_probs", log_probs},
+                                     {"gradients", gradients},
+                                     {"scores", scores},
+                                     {"save", save}});
 }

@@ -21,7 +21,6 @@
 
 #include "json_tool.hpp"
 #include "selm/base/error.hpp"
-#include "selm/base/files.hpp"
 #include "selm/kernels/engine.hpp"
 #include "selm/model/pair_model.hpp"
 
@@ -195,31 +194,16 @@ void save(const Json& request)
         dtype_of(request));
 }
 
-void answer(const Json& request)
-{
-    const std::string op = request["op"];
-    if (op == "config")
-        config(request);
-    else if (op == "positions")
-        positions(request);
-    else if (op == "hidden")
-        hidden(request);
-    else if (op == "logits")
-        logits(request);
-    else if (op == "gradients")
-        gradients(request);
-    else if (op == "save")
-        save(request);
-    else
-        throw selm::usage_error("unknown op " + op);
-}
-
 } // namespace
 
 int main(int argc, char** argv)
 {
-    return selm::test::tool_main(argc, argv, "selm_pair_tool REQUEST.json", [](const std::string& file) {
-        const selm::KernelRuntime runtime(1);
-        answer(Json::parse(selm::read_file(file)));
-    });
+    const selm::KernelRuntime runtime(1);
+    return selm::test::request_main(argc, argv, "selm_pair_tool REQUEST.json",
+                                    {{"config", config},
+                                     {"positions", positions},
+                                     {"hidden", hidden},
+                                     {"logits", logits},
+                                     {"gradients", gradients},
+                                     {"save", save}});
 }

@@ -3,12 +3,13 @@
 #include <bit>
 #include <limits>
 
+#include "device_buffers.hpp"
 #include "engine_test_support.hpp"
-#include "selm/kernels/device_memory.hpp"
 
 namespace selm {
 namespace {
 
+using test::on_host;
 using Floats = std::vector<float>;
 using Halves = std::vector<std::uint16_t>;
 
@@ -40,17 +41,7 @@ class DeviceKernels : public ::testing::TestWithParam<std::string> {
     template<typename T>
     DeviceBuffer on_device(const std::vector<T>& values)
     {
-        DeviceBuffer buffer(stream_.device, values.size() * sizeof(T));
-        buffer.copy_from_host(values.data(), values.size() * sizeof(T));
-        return buffer;
-    }
-
-    template<typename T>
-    std::vector<T> on_host(const DeviceBuffer& buffer)
-    {
-        std::vector<T> values(buffer.bytes() / sizeof(T));
-        buffer.copy_to_host(values.data(), buffer.bytes());
-        return values;
+        return test::copy_to(stream_.device, values);
     }
 
     double sum(const Floats& values)

@@ -2,11 +2,13 @@
 
 #include <algorithm>
 
+#include "device_buffers.hpp"
 #include "engine_test_support.hpp"
 
 namespace selm {
 namespace {
 
+using test::on_host;
 using Floats = std::vector<float>;
 
 Floats random_floats(std::size_t count, unsigned seed, double deviation)
@@ -31,17 +33,7 @@ class Offload : public ::testing::TestWithParam<std::string> {
 
     DeviceBuffer on_device(const Floats& values)
     {
-        DeviceBuffer buffer(device_, values.size() * sizeof(float));
-        buffer.copy_from_host(values.data(), buffer.bytes());
-        return buffer;
-    }
-
-    template<typename T>
-    std::vector<T> on_host(const DeviceBuffer& buffer)
-    {
-        std::vector<T> values(buffer.bytes() / sizeof(T));
-        buffer.copy_to_host(values.data(), buffer.bytes());
-        return values;
+        return test::copy_to(device_, values);
     }
 
     Device device_ = Device::cpu;
