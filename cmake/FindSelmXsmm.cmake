@@ -11,4 +11,9 @@ if(SelmXsmm_FOUND AND NOT TARGET selm::xsmm)
     target_include_directories(selm::xsmm SYSTEM INTERFACE "${SELM_XSMM_INCLUDE_DIR}")
     target_link_libraries(selm::xsmm INTERFACE "${SELM_XSMM_LIBRARY}" "${SELM_XSMM_NOBLAS_LIBRARY}" ${CMAKE_DL_LIBS}
                           Threads::Threads m)
+    # Its stand-ins for BLAS (sgemm_ and others) stop the program: no other library may find them instead of its own.
+    cmake_path(GET SELM_XSMM_NOBLAS_LIBRARY FILENAME selm_noblas_name)
+    if(selm_noblas_name MATCHES "\\.a$")
+        target_link_options(selm::xsmm INTERFACE "LINKER:--exclude-libs,${selm_noblas_name}")
+    endif()
 endif()

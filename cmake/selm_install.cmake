@@ -1,10 +1,9 @@
 # cmake --install: a prefix that can be moved as a whole.
 #   bin/             the programs (they find what lies in the prefix's lib/ by $ORIGIN; other libraries by absolute path)
-#   lib/ include/    modules as static libraries, their headers
+#   lib/ include/    modules as static libraries, their headers; libselm_aten.so, which the programs load for --engine aten
 #   lib/cmake/selm   find_package(selm [COMPONENTS module...]): targets selm::<module>
 #   share/selm/      jobs, slurm, configs, scripts, modulefiles
 #   share/doc/selm   documentation and licence
-include(GNUInstallDirs)
 include(CMakePackageConfigHelpers)
 
 set(selm_exported_modules base comm h5 data text kernels model algo shard rank phases)
@@ -15,6 +14,10 @@ get_property(selm_programs GLOBAL PROPERTY SELM_PROGRAMS)
 file(RELATIVE_PATH selm_lib_from_bin "/p/${CMAKE_INSTALL_BINDIR}" "/p/${CMAKE_INSTALL_LIBDIR}")
 set_property(TARGET ${selm_programs} PROPERTY INSTALL_RPATH "$ORIGIN/${selm_lib_from_bin}")
 install(TARGETS ${selm_programs} RUNTIME DESTINATION "${CMAKE_INSTALL_BINDIR}")
+get_property(selm_plugins GLOBAL PROPERTY SELM_PLUGINS)
+if(selm_plugins)
+    install(TARGETS ${selm_plugins} LIBRARY DESTINATION "${CMAKE_INSTALL_LIBDIR}")
+endif()
 
 # --- modules. selm_flags is exported for what it adds when linking (sanitizers): modules link it PRIVATE.
 set_property(TARGET selm_flags PROPERTY EXPORT_NAME flags)

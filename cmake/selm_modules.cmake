@@ -51,12 +51,15 @@ add_custom_target(selm_build_info
 
 # selm_add_module(NAME [MODULES m...] [PUBLIC lib...] [PRIVATE lib...]): target selm_NAME, alias selm::NAME, from
 # src/NAME/*.cpp. MODULES are linked PUBLIC, because public headers include theirs. Without sources: an interface library.
-# Files named cuda_* and nccl_* (.cpp, .cu) belong to the CUDA build alone.
+# Files named cuda_* and nccl_* (.cpp, .cu) belong to the CUDA build alone. aten_* belong to the module there, and in the CPU build
+# to a library that plugin_* load when they are wanted: selm_add_plugin.
 function(selm_add_module name)
     cmake_parse_arguments(PARSE_ARGV 1 arg "" "" "MODULES;PUBLIC;PRIVATE")
     file(GLOB sources CONFIGURE_DEPENDS "${CMAKE_SOURCE_DIR}/src/${name}/*.cpp" "${CMAKE_SOURCE_DIR}/src/${name}/*.cu")
     if(NOT SELM_ENABLE_CUDA)
-        list(FILTER sources EXCLUDE REGEX "/(cuda|nccl)_[^/]*$")
+        list(FILTER sources EXCLUDE REGEX "/(cuda|nccl|aten)_[^/]*$")
+    else()
+        list(FILTER sources EXCLUDE REGEX "/plugin_[^/]*$")
     endif()
     list(TRANSFORM arg_MODULES PREPEND "selm::")
     if(sources)
@@ -75,6 +78,23 @@ function(selm_add_module name)
         target_link_libraries(selm_${name} INTERFACE ${arg_MODULES} ${arg_PUBLIC} ${arg_PRIVATE})
     endif()
     add_library(selm::${name} ALIAS selm_${name})
+endfunction()
+
+# selm_add_plugin(NAME MODULE m MODULES m... LIBRARIES lib...): lib/libselm_NAME.so from src/m/NAME_*.cpp, which module m loads by
+# its name when it is wanted. Programs of the build directory have lib/ in their run path, installed ones too.
+function(selm_add_plugin name)
+    cmake_parse_arguments(PARSE_ARGV 1 arg "" "MODULE" "MODULES;LIBRARIES")
+    file(GLOB sources CONFIGURE_DEPENDS "${CMAKE_SOURCE_DIR}/src/${arg_MODULE}/${name}_*.cpp")
+    list(TRANSFORM arg_MODULES PREPEND "selm::")
+    add_library(selm_${name} MODULE ${sources})
+    target_include_directories(selm_${name} PRIVATE "${CMAKE_SOURCE_DIR}/include" "${CMAKE_SOURCE_DIR}/src/${arg_MODULE}")
+    target_link_libraries(selm_${name} PRIVATE selm_flags ${arg_MODULES} ${arg_LIBRARIES})
+    set_target_properties(selm_${name} PROPERTIES LIBRARY_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}/lib")
+    target_link_libraries(selm_${arg_MODULE} PRIVATE ${CMAKE_DL_LIBS})
+    # Programs of other projects that use the installed module find the library as well.
+    target_link_options(selm_${arg_MODULE} INTERFACE "$<INSTALL_INTERFACE:LINKER:-rpath,$<INSTALL_PREFIX>/${CMAKE_INSTALL_LIBDIR}>")
+    add_dependencies(selm_${arg_MODULE} selm_${name})
+    set_property(GLOBAL APPEND PROPERTY SELM_PLUGINS selm_${name})
 endfunction()
 
 # selm_add_programs(MODULES m... LIBRARIES lib...): library selm_apps from src/apps/*.cpp but selm_*.cpp; each

@@ -356,3 +356,8 @@ std::unique_ptr<Engine> make_aten_engine(const EngineOptions& options)
 }
 
 } // namespace selm
+
+extern "C" selm::Engine* selm_make_aten_engine(const selm::EngineOptions& options)
+{
+    return selm::make_aten_engine(options).release();
+}

@@ -10,4 +10,9 @@ namespace selm {
 std::unique_ptr<Engine> make_xsmm_engine(const EngineOptions& options);
 std::unique_ptr<Engine> make_aten_engine(const EngineOptions& options);
 
+/// What libselm_aten.so exports as selm_make_aten_engine. The caller owns the engine.
+using AtenEngineFactory = Engine*(const EngineOptions& options);
+
 } // namespace selm
+
+extern "C" selm::AtenEngineFactory selm_make_aten_engine;
