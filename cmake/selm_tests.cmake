@@ -150,7 +150,7 @@ foreach(source IN LISTS job_sources)
         set(configurations CONFIGURATIONS faults)
     endif()
     add_test(NAME slurm_${name} COMMAND bash "${source}" ${configurations})
-    set_tests_properties(slurm_${name} PROPERTIES LABELS slurm TIMEOUT 900 SKIP_RETURN_CODE 77 RUN_SERIAL TRUE ENVIRONMENT "${selm_mpi_environment}")
+    set_tests_properties(slurm_${name} PROPERTIES LABELS slurm TIMEOUT 1800 SKIP_RETURN_CODE 77 RUN_SERIAL TRUE ENVIRONMENT "${selm_mpi_environment}")
 endforeach()
 # Random faults for half an hour: only with ctest -C soak -L soak.
 add_test(NAME soak COMMAND bash "${CMAKE_SOURCE_DIR}/tests/jobs/soak.sh" CONFIGURATIONS soak)

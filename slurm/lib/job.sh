@@ -136,7 +136,7 @@ selm_end_time() {
 
 # --- steps and signals ---------------------------------------------------------------------------------------------
 
-# Ranks save on USR1 and leave with 75. mpirun ends its ranks on TERM at once, so TERM goes on as USR1.
+# Ranks save on USR1 and leave with 75. TERM goes on as USR1: on TERM mpirun itself kills its ranks after two seconds, done or not.
 selm_on_signal() {
     selm_signalled=1
     selm_woken=1
@@ -282,7 +282,7 @@ selm_resubmit() {
     fi
     scontrol write batch_script "$SLURM_JOB_ID" "$script" >/dev/null || return 1
     options=("--job-name=$SLURM_JOB_NAME" "--nodes=$SLURM_JOB_NUM_NODES" "--ntasks=$SLURM_NTASKS"
-        "--time=$(selm_job_value TimeLimit)" "--partition=$SLURM_JOB_PARTITION")
+        "--time=$(selm_job_value TimeLimit)" "--partition=$SLURM_JOB_PARTITION" "--dependency=afterany:$SLURM_JOB_ID")
     output=$(selm_job_value StdOut)
     [ -z "$output" ] || options+=("--output=${output//$SLURM_JOB_ID/%j}")
     for value in "ntasks-per-node=${SLURM_NTASKS_PER_NODE:-}" "cpus-per-task=${SLURM_CPUS_PER_TASK:-}" \
@@ -296,7 +296,7 @@ selm_resubmit() {
     id=$(
         # What describes this job must not describe the next one.
         for value in "${!SLURM_@}" SELM_ATTEMPT; do [ "$value" = SLURM_CONF ] || unset "$value"; done
-        sbatch --parsable --kill-on-invalid-dep=yes "--dependency=afterany:$SLURM_JOB_ID" "${options[@]}" "${words[@]}" -- "${extra[@]}"
+        sbatch --parsable --kill-on-invalid-dep=yes "${options[@]}" "${words[@]}" -- "${extra[@]}"
     ) || return 1
     id=${id%%;*}
     echo "$SLURM_JOB_ID" >"$run/slurm/resubmitted-$id" # it is a restart, not a first start

@@ -78,6 +78,28 @@ for how in to_one_rank to_all_ranks usr1_to_launcher stop_file; do
     stopped_by "$how"
 done
 
+# SIGTERM to mpirun itself. Open MPI 4.1 waits for as long as odls_base_sigkill_timeout says (1 s if nothing does), sends its ranks
+# SIGTERM, waits as long again and kills them; it ends with 1 whatever the ranks say. Ranks that are quick enough have saved.
+asked() { # asked ARGUMENTS...: training that is not over before the signal is passed on
+    exec "${SELM_MPIEXEC:-mpirun}" --oversubscribe --bind-to none -np 3 "$bin/selm_train" --iter iter.h5 --policy policy --output asked \
+        --learning-rate 1e-3 --global-batch 2 --epochs 1000000 --save-dtype fp32 --stop-file STOP "${small[@]}"
+}
+OMPI_MCA_odls_base_sigkill_timeout=8 asked >asked.log 2>&1 &
+launcher=$!
+until [ "$(steps asked)" -ge 3 ] || ! kill -0 "$launcher" 2>/dev/null; do sleep 0.02; done
+kill -TERM "$launcher"
+status=0
+wait "$launcher" || status=$?
+checks=$((checks + 3))
+[ "$status" -ne 0 ] || fail "mpirun reports success after SIGTERM"
+grep -q 'stopped after step' asked.log || { fail "SIGTERM to mpirun did not stop the training"; cat asked.log; }
+saved=$(newest asked)
+[ "${saved:-0}" -ge 3 ] && [ "$saved" -eq "$(steps asked)" ] ||
+    fail "after SIGTERM to mpirun the newest checkpoint is ${saved:-none}, metrics have $(steps asked) steps"
+touch STOP
+expect 75 "going on from the checkpoint of step $((10#${saved:-0}))" bash -c "$(declare -f asked); $(declare -p small bin); asked"
+rm STOP
+
 # The end of the job comes near: less is left than the margin (and than the next step and a checkpoint take).
 before=$(steps stopped)
 expect 75 'the job ends in .* stopping now, since --walltime-margin is 3600 s' \

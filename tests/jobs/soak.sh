@@ -9,7 +9,7 @@ export SOAK_FAULTS=${1:-${SOAK_FAULTS:-24}} SOAK_SEED=${2:-${SOAK_SEED:-1}}
 # shellcheck source=tests/jobs/support.sh
 source "$(dirname "${BASH_SOURCE[0]}")/support.sh"
 in_cluster 3 3500 "${BASH_SOURCE[0]}"
-make_long_recipe 24 8
+make_long_recipe 32 8
 make_reference
 RANDOM=$SOAK_SEED
 kinds=(usr1 requeue power_last power_first cable slurmd slurmd_back controller scancel)
@@ -42,7 +42,7 @@ fault() {
         requeue) scontrol requeue "$job" || true ;;
         scancel)
             scancel "$job"
-            wait_until 200 "end of job $job" job_ended "$job"
+            wait_until "end of job $job" job_ended "$job"
             start_job
             ;;
         power_last) power_cut "$last" ;;
@@ -53,10 +53,10 @@ fault() {
         controller) kill_controller; sleep $((RANDOM % 5)); start_controller ;;
     esac
     case $1 in
-        usr1 | requeue | scancel | power_*) wait_until 200 "job $job to go on" at_work_anywhere $((attempts + 1)) ;;
+        usr1 | requeue | scancel | power_*) wait_until "job $job to go on" at_work_anywhere $((attempts + 1)) ;;
         cable | slurmd) # some copies are frozen for a while, others are done before the newer one begins
             if [ $((RANDOM % 2)) = 0 ]; then to_programs "$first" STOP; fi
-            wait_until 200 "job $job to go on" at_work_anywhere $((attempts + 1))
+            wait_until "job $job to go on" at_work_anywhere $((attempts + 1))
             to_programs "$first" CONT
             ;;
     esac
@@ -80,7 +80,7 @@ while [ "$done_faults" -lt "$SOAK_FAULTS" ] && [ "$failures" = 0 ]; do
         pause=$((RANDOM % 40))
         attempts=0
         [ ! -d "$run/attempts" ] || attempts=$(attempts_of "$run")
-        wait_until 200 "job $job to begin" at_work_anywhere $((attempts > 0 ? attempts : 1))
+        wait_until "job $job to begin" at_work_anywhere $((attempts > 0 ? attempts : 1))
         sleep "$((pause / 10)).$((pause % 10))"
         attempts=$(attempts_of "$run")
         if [ "$(job_state "$job")" != RUNNING ]; then
@@ -93,7 +93,7 @@ while [ "$done_faults" -lt "$SOAK_FAULTS" ] && [ "$failures" = 0 ]; do
         tell "  $(date -u +%H:%M:%S) fault $done_faults: $kind, ${pause} tenths of a second after the start; ${where:-start}; attempts $attempts -> $(attempts_of "$run")"
         [ "$failures" = 0 ] || break
     done
-    ends_as COMPLETED 300 "$job"
+    ends_as COMPLETED "$job"
     unspoilt "$run"
     tell "run $runs: $([ "$failures" = 0 ] && echo equals the undisturbed run || echo FAILED), $(attempts_of "$run") attempts"
 done

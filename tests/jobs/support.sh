@@ -17,15 +17,24 @@ in_cluster() {
     # Nothing of the machine that runs the tests shall matter.
     unset SELM_SITE SELM_LAUNCHER SELM_RUN SELM_CONFIG OMPI_MCA_rmaps_base_oversubscribe
     # shellcheck disable=SC2154
-    trap 'status=$?; if [ $status != 0 ]; then tail -n 60 "$SELM_CLUSTER"/runs/*.out; fi' EXIT
+    trap 'status=$?; if [ $status != 0 ]; then tail -n 60 "$SELM_CLUSTER"/runs/*.out; keep_logs; fi' EXIT
+}
+
+# The cluster's files vanish with it: SELM_KEEP_LOGS names a directory for the runs and the daemons' logs of a test that fails.
+# shellcheck disable=SC2317 # called by the trap
+keep_logs() {
+    [ -n "${SELM_KEEP_LOGS:-}" ] || return 0
+    mkdir -p "$SELM_KEEP_LOGS"
+    cp -r "$SELM_CLUSTER/log" "$SELM_CLUSTER/runs" "$SELM_KEEP_LOGS"
 }
 
 # make_recipe MAX_NEW_TOKENS ROWS
 make_recipe() { make_tiny_run "$2" "$1"; }
 
-# make_long_recipe ROWS [LAYERS]: every phase takes a while, so that something can happen meanwhile.
+# make_long_recipe ROWS [LAYERS]: every phase takes a while, so that something can happen meanwhile; training has eight steps.
 make_long_recipe() {
     make_recipe 64 "$1"
+    sed -i "s/^global-batch = .*/global-batch = $(($1 / 16))/" recipe.cfg
     "$SELM_TOOL_DIR/selm_tiny_model_tool" policy seed=1 "layers=${2:-16}"
     "$SELM_TOOL_DIR/selm_tiny_model_tool" reward seed=2 "layers=${2:-16}" classifier
     cat >>recipe.cfg <<'CFG'
@@ -56,7 +65,9 @@ at_work() {
         logprob) saved="$output/iter.h5.logprobs-*.journal/*" ;;
         train) saved="$output/policy/checkpoints/*.json" ;;
     esac
-    compgen -G "$saved" >/dev/null && [ ! -e "$output/policy/training.json" ]
+    compgen -G "$saved" >/dev/null && [ ! -e "$output/policy/training.json" ] || return 1
+    # a journal of generation begins with 0.6 KiB that are no rows
+    [ "$2" != generate ] || find "$output/iter.h5.journal" -size +2k 2>/dev/null | grep -q .
 }
 
 # journalled RUN ITERATION: rows in the journal of generation.
@@ -105,6 +116,37 @@ unspoilt() {
     [ -z "$file" ] || fail "unfinished files are left: $file"
 }
 
+# programs_of RUN SIGNAL: to the programs of a run on all nodes, whose processes this shell sees too.
+programs_of() { pkill "-$2" -f "^[^ ]*/selm_[a-z]+ .*[ /]$1( |/|$)" || true; }
+
+# catch RUN PHASE ITERATION: waits until the phase has saved something, and stops the programs there, so that nothing depends on how
+# fast this machine is: the fault comes while the phase is at work.
+catch() {
+    local end=$((SECONDS + patience))
+    checks=$((checks + 1))
+    until at_work "$@"; do
+        if ((SECONDS > end)); then
+            fail "$2 of $1 did not begin"
+            squeue --states=all
+            return 1
+        fi
+        sleep 0.01
+    done
+    programs_of "$1" STOP
+    at_work "$@" || fail "$2 of $1 was over before the fault: nothing was tested"
+}
+release() { programs_of "$1" CONT; } # release RUN
+
+# usr1 JOB LOG: the programs, which stand still, go on when the script has the signal.
+usr1() {
+    local before run
+    run=$(sed -n 's/^selm: run directory \([^,]*\),.*/\1/p' "$2" | head -n 1)
+    before=$(grep -c 'stop signal' "$2" || true)
+    scancel --batch --signal=USR1 "$1"
+    wait_until "USR1 in job $1" log_count "$2" $((before + 1)) 'stop signal'
+    release "$run"
+}
+
 nodes_of() { scontrol show hostnames "$(squeue -h -j "$1" -o %N)" | sed 's/^node//'; }
 log_of() { echo "selm-iter-$1.out"; }
 attempts_of() { find "$1/attempts" -type f | wc -l; }
@@ -114,17 +156,20 @@ has_attempts() { [ -d "$1/attempts" ] && [ "$(attempts_of "$1")" -ge "$2" ]; }
 to_programs() { on_node "$1" pkill "-$2" '^selm_' || true; } # to_programs K SIGNAL
 # shellcheck disable=SC2317
 no_programs() { ! on_node "$1" pgrep '^selm_|^slurm_s' >/dev/null; } # slurm_script; slurmstepd has no underscore
-all_nodes_back() { wait_until 120 "all nodes to be back" none_lost; }
+all_nodes_back() { wait_until "all nodes to be back" none_lost; }
 
 # submit ARGUMENTS OF SBATCH...: prints the job's id.
 submit() { sbatch --parsable "$@"; }
 
 job_state() { scontrol show job "$1" | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p'; }
 
-# wait_until SECONDS WHAT COMMAND...
+# Seconds that a wait may take: many times what it takes alone, for other work may have most of the machine.
+patience=600
+
+# wait_until WHAT COMMAND...
 wait_until() {
-    local end=$((SECONDS + $1)) what=$2
-    shift 2
+    local end=$((SECONDS + patience)) what=$1
+    shift
     until "$@"; do
         if ((SECONDS > end)); then
             fail "not after the time given: $what"
@@ -142,11 +187,11 @@ log_has() { grep -q -- "$2" "$1" 2>/dev/null; }
 # shellcheck disable=SC2317
 log_count() { [ "$(grep -c -- "$3" "$1" 2>/dev/null || true)" -ge "$2" ]; } # log_count LOG N PATTERN
 
-# ends_as STATE SECONDS ID
+# ends_as STATE ID
 ends_as() {
     checks=$((checks + 1))
-    wait_until "$2" "end of job $3" job_ended "$3" || return 0
-    [ "$(job_state "$3")" = "$1" ] || fail "job $3 is $(job_state "$3") instead of $1"
+    wait_until "end of job $2" job_ended "$2"
+    [ "$(job_state "$2")" = "$1" ] || fail "job $2 is $(job_state "$2") instead of $1"
 }
 
 # digests RUN [NAME...]: of the iterations' files, or of those named. Those of the reference do not change.

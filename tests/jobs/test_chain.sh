@@ -3,7 +3,7 @@
 set -euo pipefail
 # shellcheck source=tests/jobs/support.sh
 source "$(dirname "${BASH_SOURCE[0]}")/support.sh"
-in_cluster 2 280 "${BASH_SOURCE[0]}"
+in_cluster 2 880 "${BASH_SOURCE[0]}"
 make_recipe 16 9
 chain=$SELM_SOURCE_DIR/slurm/submit_chain.sh
 echo "all --nodes=2 --ntasks-per-node=1 --time=30" >phases.cfg
@@ -15,7 +15,7 @@ state=$(sed -n 's/^state: //p' <<<"$output")
 expect 64 'still in the queue' "$chain" --run chained --phases phases.cfg --resume
 expect 0 "^job $last +iter of iteration 2 +PENDING" selm_iter --run chained --status
 mpi 2 selm_iter --config recipe.cfg --run reference --progress off >reference.log 2>&1
-ends_as COMPLETED 120 "$last"
+ends_as COMPLETED "$last"
 same reference chained "selm_iter on two ranks, and the chain"
 expect 0 'COMPLETED' bash -c "$state"
 expect_count 9 'COMPLETED'
@@ -39,8 +39,8 @@ sed 's/reward:reward/reward:nowhere/' recipe.cfg >bad.cfg
 expect 0 '^state: squeue' "$chain" --config bad.cfg --run bad --phases phases.cfg
 rank=$(sed -n 's/^\([0-9]*\)  rank of iteration 1$/\1/p' <<<"$output")
 last=$(sed -n 's/^\([0-9]*\)  iter .*/\1/p' <<<"$output")
-ends_as FAILED 120 "$rank"
-ends_as CANCELLED 120 "$last"
+ends_as FAILED "$rank"
+ends_as CANCELLED "$last"
 expect 0 'Not run again' cat "selm-rank-1-$rank.out"
 expect_count 1 'nowhere.*exit code'
 checks=$((checks + 1))

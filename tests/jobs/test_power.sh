@@ -3,8 +3,8 @@
 set -euo pipefail
 # shellcheck source=tests/jobs/support.sh
 source "$(dirname "${BASH_SOURCE[0]}")/support.sh"
-in_cluster 3 880 "${BASH_SOURCE[0]}"
-make_long_recipe 48
+in_cluster 3 1700 "${BASH_SOURCE[0]}"
+make_long_recipe 128
 job_script=$SELM_SOURCE_DIR/jobs/selm_iter.slurm
 make_reference
 
@@ -12,14 +12,15 @@ make_reference
 cut() {
     local run=$1 job=$2 phase=$3 nodes number attempts
     shift 3
-    wait_until 200 "$phase of job $job" at_work "$run" "$phase" 1
+    catch "$run" "$phase" 1
     attempts=$(attempts_of "$run")
     mapfile -t nodes < <(nodes_of "$job")
     [ "$phase" != generate ] || saved=$(journalled "$run" 1)
+    release "$run"
     for number; do
         if [ "$number" = first ]; then power_cut "${nodes[0]}"; else power_cut "${nodes[-1]}"; fi
     done
-    wait_until 200 "restart of job $job" has_attempts "$run" $((attempts + 1))
+    wait_until "restart of job $job" has_attempts "$run" $((attempts + 1))
     for number; do
         if [ "$number" = first ]; then power_on "${nodes[0]}"; else power_on "${nodes[-1]}"; fi
     done
@@ -30,7 +31,7 @@ cut by_srun "$one" generate last
 cut by_srun "$one" rank first
 cut by_srun "$one" logprob last
 cut by_srun "$one" train first
-ends_as COMPLETED 200 "$one"
+ends_as COMPLETED "$one"
 all_nodes_back
 checks=$((checks + 1))
 [ "$(attempts_of by_srun)" = 5 ] || fail "$(attempts_of by_srun) attempts instead of 5"
@@ -41,7 +42,7 @@ two=$(SELM_LAUNCHER=mpirun submit --nodes=2 --ntasks-per-node=1 "$job_script" --
 cut by_mpirun "$two" generate last
 expect 0 'requeued .restart 1.' cat "$(log_of "$two")" # by the script, before SLURM has noticed anything
 cut by_mpirun "$two" train first last
-ends_as COMPLETED 200 "$two"
+ends_as COMPLETED "$two"
 all_nodes_back
 unspoilt by_mpirun
 
@@ -50,6 +51,6 @@ expect 0 '^state: squeue' "$SELM_SOURCE_DIR/slurm/submit_chain.sh" --config reci
 logp=$(sed -n 's/^\([0-9]*\)  logp of iteration 1$/\1/p' <<<"$output")
 last=$(sed -n 's/^\([0-9]*\)  iter .*/\1/p' <<<"$output")
 cut chained "$logp" logprob last
-ends_as COMPLETED 300 "$last"
+ends_as COMPLETED "$last"
 unspoilt chained
 finish

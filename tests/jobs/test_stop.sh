@@ -3,7 +3,7 @@
 set -euo pipefail
 # shellcheck source=tests/jobs/support.sh
 source "$(dirname "${BASH_SOURCE[0]}")/support.sh"
-in_cluster 3 280 "${BASH_SOURCE[0]}"
+in_cluster 3 880 "${BASH_SOURCE[0]}"
 make_recipe 16 9
 job_script=$SELM_SOURCE_DIR/jobs/selm_iter.slurm
 
@@ -13,13 +13,13 @@ mpi 2 selm_iter --config recipe.cfg --run reference --progress off >reference.lo
 one=$(submit --nodes=2 --ntasks-per-node=1 "$job_script" --run signalled)
 two=$(SELM_LAUNCHER=mpirun submit --nodes=2 --ntasks-per-node=1 "$job_script" --run by_mpirun)
 three=$(submit --nodes=2 --ntasks-per-node=1 "$job_script" --run cancelled)
-wait_until 120 "$one at work" log_has "selm-iter-$one.out" 'iteration 1 of 2: generate'
+wait_until "$one at work" log_has "selm-iter-$one.out" 'iteration 1 of 2: generate'
 scancel --batch --signal=USR1 "$one"
-wait_until 120 "$two at work" log_has "selm-iter-$two.out" 'iteration 1 of 2: generate'
+wait_until "$two at work" log_has "selm-iter-$two.out" 'iteration 1 of 2: generate'
 scancel --batch --signal=USR1 "$two"
-wait_until 120 "$three at work" log_has "selm-iter-$three.out" 'iteration 1 of 2: generate'
+wait_until "$three at work" log_has "selm-iter-$three.out" 'iteration 1 of 2: generate'
 scancel "$three"
-ends_as CANCELLED 120 "$three"
+ends_as CANCELLED "$three"
 checks=$((checks + 1))
 [ ! -e cancelled/iter2/policy/config.json ] || fail "the cancelled run was finished: nothing was tested"
 # A cancelled job stays so; the same directory goes on by hand.
@@ -37,26 +37,26 @@ stuck=$(PATH=$PWD/stub:$PATH SELM_MAX_RESTARTS=2 submit "$job_script" --run stuc
 for run in signalled by_mpirun; do
     job=$one
     [ "$run" = signalled ] || job=$two
-    ends_as COMPLETED 120 "$job"
+    ends_as COMPLETED "$job"
     expect 0 'stop signal' cat "selm-iter-$job.out"
     expect_count 1 'everything .*saved; requeued .restart 1.'
     expect 0 "job $job restart 1" cat "$run/slurm/provenance.txt"
     same reference "$run" "USR1"
 done
 
-ends_as FAILED 120 "$stuck"
+ends_as FAILED "$stuck"
 expect 0 'restarts brought no progress' cat "selm-iter-$stuck.out"
 expect_count 1 'requeued .restart 1.'
 
-ends_as COMPLETED 120 "$three"
+ends_as COMPLETED "$three"
 same reference cancelled "scancel, and submitted again"
 
 # A node loses power under mpirun: the script asks for the requeue, before SLURM has noticed anything.
 four=$(SELM_LAUNCHER=mpirun submit --nodes=2 --ntasks-per-node=1 "$job_script" --run powerless)
-wait_until 120 "$four at work" log_has "selm-iter-$four.out" 'iteration 1 of 2: rank'
+wait_until "$four at work" log_has "selm-iter-$four.out" 'iteration 1 of 2: rank'
 node=$(scontrol show hostnames "$(squeue -h -j "$four" -o %N)" | tail -n 1)
 kill -9 "$(cat "$SELM_CLUSTER/$node.pid")"
-ends_as COMPLETED 120 "$four"
+ends_as COMPLETED "$four"
 expect 0 'requeued .restart 1.' cat "selm-iter-$four.out"
 same reference powerless "a node lost under mpirun"
 finish
