@@ -14,6 +14,32 @@ wait_for() { # wait_for WHAT COMMAND...: two minutes at most
     done
 }
 
+# The database's files and socket are in the cluster's own /run.
+start_accounting() {
+    mkdir -p /run/mysqld
+    mariadb-install-db --no-defaults --user=root --datadir="$SELM_CLUSTER/db" --auth-root-authentication-method=normal --skip-test-db \
+        >"$SELM_CLUSTER/log/mariadb.out" 2>&1
+    mariadbd --no-defaults --user=root --datadir="$SELM_CLUSTER/db" --socket=/run/mysqld/mysqld.sock --skip-networking \
+        --innodb-use-native-aio=0 --innodb-flush-method=fsync --innodb-log-file-size=16M --innodb-lock-wait-timeout=900 \
+        >>"$SELM_CLUSTER/log/mariadb.out" 2>&1 </dev/null &
+    wait_for mariadbd mariadb-admin --no-defaults --socket=/run/mysqld/mysqld.sock ping
+    cat >"$SELM_CLUSTER/slurmdbd.conf" <<CONF
+AuthType=auth/munge
+AuthInfo=socket=$SELM_CLUSTER/munge
+DbdHost=control
+DbdAddr=10.99.0.1
+SlurmUser=root
+LogFile=$SELM_CLUSTER/log/slurmdbd.log
+PidFile=$SELM_CLUSTER/slurmdbd.own
+StorageType=accounting_storage/mysql
+StorageUser=root
+CONF
+    chmod 600 "$SELM_CLUSTER/slurmdbd.conf"
+    slurmdbd -D >>"$SELM_CLUSTER/log/slurmdbd.out" 2>&1 </dev/null &
+    wait_for slurmdbd sacctmgr --noheader list cluster
+    sacctmgr --immediate add cluster test >/dev/null
+}
+
 # A daemon is started by the shell that runs this, and ends with the cluster's namespaces at the latest.
 start_controller() {
     slurmctld -D >>"$SELM_CLUSTER/log/slurmctld.out" 2>&1 </dev/null &
@@ -57,6 +83,14 @@ power_on() { # a node that starts has an empty directory for temporary files: SL
 # The node goes on by itself: it reaches the file system, but neither the controller nor other nodes.
 unplug() { ip link set "link$1" down; }
 plug() { ip link set "link$1" up; }
+
+# plug_restarted K: slurmd 22.05 forgets a job only when the controller ends it there. Where the job's copy has ended by itself while the
+# node was cut off, the same slurmd refuses the job's next start ("already running"), and the controller holds the job.
+plug_restarted() {
+    kill_slurmd "$1"
+    plug "$1"
+    start_slurmd "$1"
+}
 
 # on_node K COMMAND...: as a process of the node.
 on_node() {

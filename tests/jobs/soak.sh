@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # usage: soak.sh [FAULTS [SEED]]   (default 24 faults, seed 1)
 #
-# Random faults at random moments, on runs that go one after the other until all faults have happened; every run has to end with the data,
-# weights and steps of an undisturbed one. Faults and pauses follow from the seed as long as runs end after the
-# same faults; where in a phase a fault hits depends on the machine. Prints one line per fault and per run; SELM_SOAK_LOG names a file that gets them too.
+# Random faults at random moments, on runs that go one after the other until all faults have happened; every run has to end with the
+# data, weights and steps of an undisturbed one, and no row that was journalled before a fault is made again. Faults and pauses follow
+# from the seed as long as runs end after the same faults; where in a phase a fault hits depends on the machine. Prints one line per fault
+# and per run; SELM_SOAK_LOG names a file that gets them too.
 set -euo pipefail
 export SOAK_FAULTS=${1:-${SOAK_FAULTS:-24}} SOAK_SEED=${2:-${SOAK_SEED:-1}}
 # shellcheck source=tests/jobs/support.sh
@@ -63,7 +64,7 @@ fault() {
     case $1 in
         power_last) power_on "$last" ;;
         power_first) power_on "$first" ;;
-        cable) plug "$first" ;;
+        cable) plug_restarted "$first" ;;
         slurmd) start_slurmd "$first" ;;
     esac
     all_nodes_back
@@ -74,6 +75,7 @@ runs=0
 while [ "$done_faults" -lt "$SOAK_FAULTS" ] && [ "$failures" = 0 ]; do
     runs=$((runs + 1))
     run=run$runs
+    saved=(0 0 0)
     start_job
     while [ "$done_faults" -lt "$SOAK_FAULTS" ]; do
         kind=${kinds[RANDOM % ${#kinds[@]}]}
@@ -89,12 +91,19 @@ while [ "$done_faults" -lt "$SOAK_FAULTS" ] && [ "$failures" = 0 ]; do
         fi
         done_faults=$((done_faults + 1))
         where=$(grep -ho 'iteration [0-9] of 2: [a-z_]*\|before training: [a-z_]*' "$(log_of "$job")" | tail -n 1 || true)
+        for t in 1 2; do
+            rows=$(journalled "$run" $t)
+            [ "$rows" = 0 ] || saved[t]=$rows # the journal is there in generation only
+        done
         fault "$kind"
         tell "  $(date -u +%H:%M:%S) fault $done_faults: $kind, ${pause} tenths of a second after the start; ${where:-start}; attempts $attempts -> $(attempts_of "$run")"
         [ "$failures" = 0 ] || break
     done
     ends_as COMPLETED "$job"
     unspoilt "$run"
+    for t in 1 2; do
+        if [ "${saved[t]}" != 0 ]; then none_twice "$run" "$(log_of "$job")" "${saved[t]}" $t; fi
+    done
     tell "run $runs: $([ "$failures" = 0 ] && echo equals the undisturbed run || echo FAILED), $(attempts_of "$run") attempts"
 done
 tell "$(date -u +%Y-%m-%dT%H:%M:%SZ) $done_faults faults in $runs runs, $failures failures, load $(cut -d ' ' -f 1 /proc/loadavg)"

@@ -90,12 +90,14 @@ print(len(rows))
 PY
 }
 resumed_rows() { python3 -c 'import json, sys; print(json.load(open(sys.argv[1]))["iter" + sys.argv[2]]["generate"]["resumed_rows"])' "$1/manifest.json" "$2"; }
-# none_twice RUN LOG SAVED: of SAVED rows that were journalled when the first iteration's generation was disturbed, none was made again.
+# none_twice RUN LOG SAVED [ITERATION]: of SAVED rows that were journalled when the generation of iteration 1, or of that one, was
+# disturbed, none was made again.
 none_twice() {
+    local iteration=${4:-1}
     checks=$((checks + 1))
     # Where all were journalled, the disturbed attempt may have come to the end of generation.
-    if [ "$(grep -c 'iteration 1 of 2: generate' "$2")" -gt 1 ] && [ "$(resumed_rows "$1" 1)" -lt "$3" ]; then
-        fail "of $3 journalled rows of $1 $(resumed_rows "$1" 1) were used"
+    if [ "$(grep -c "iteration $iteration of 2: generate" "$2")" -gt 1 ] && [ "$(resumed_rows "$1" "$iteration")" -lt "$3" ]; then
+        fail "of $3 journalled rows of $1, iteration $iteration, $(resumed_rows "$1" "$iteration") were used"
     fi
 }
 

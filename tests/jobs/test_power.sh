@@ -8,6 +8,9 @@ make_long_recipe 128
 job_script=$SELM_SOURCE_DIR/jobs/selm_iter.slurm
 make_reference
 
+# shellcheck disable=SC2317 # called by wait_until
+job_waits() { [ "$(job_state "$1")" = PENDING ]; }
+
 # cut RUN JOB PHASE first|last...: power cuts of nodes of the job; ends when the next attempt is there and the nodes are back.
 cut() {
     local run=$1 job=$2 phase=$3 nodes number attempts
@@ -20,10 +23,16 @@ cut() {
     for number; do
         if [ "$number" = first ]; then power_cut "${nodes[0]}"; else power_cut "${nodes[-1]}"; fi
     done
-    wait_until "restart of job $job" has_attempts "$run" $((attempts + 1))
+    # Where no two nodes are left, the job can only start again when they are back, which SLURM has to have missed first.
+    if [ $# = 1 ]; then
+        wait_until "restart of job $job" has_attempts "$run" $((attempts + 1))
+    else
+        wait_until "job $job to lose its nodes" job_waits "$job"
+    fi
     for number; do
         if [ "$number" = first ]; then power_on "${nodes[0]}"; else power_on "${nodes[-1]}"; fi
     done
+    wait_until "restart of job $job" has_attempts "$run" $((attempts + 1))
 }
 
 one=$(submit --nodes=2 --ntasks-per-node=1 "$job_script" --run by_srun)

@@ -25,7 +25,7 @@ split() {
     to_programs "$node" CONT
     # The older copy ends by itself: nobody can reach it.
     wait_until "end of the older copy of job $job" no_programs "$node"
-    if [ "$how" = cable ]; then plug "$node"; else start_slurmd "$node"; fi
+    if [ "$how" = cable ]; then plug_restarted "$node"; else start_slurmd "$node"; fi
     to_programs "$newer" CONT
 }
 

@@ -6,6 +6,8 @@
 # network devices and files vanish with it. A virtual node is such a set of namespaces in turn: killing the process in
 # $SELM_CLUSTER/nodeK.pid is a power cut.
 #
+# SELM_CLUSTER_ACCOUNTING=yes: with slurmdbd and a MariaDB of its own, and a controller that forgets jobs 20 s after their end.
+#
 # Exit code 77: no cluster can be made here (not root, no namespaces, packages of scripts/deps --slurm missing).
 set -euo pipefail
 
@@ -20,6 +22,11 @@ if [ "${1:-}" != --inside ]; then
     for tool in slurmctld slurmd munged sbatch srun ip unshare setpriv; do
         command -v "$tool" >/dev/null || skip "$tool is not installed (scripts/deps --slurm)"
     done
+    if [ -n "${SELM_CLUSTER_ACCOUNTING:-}" ]; then
+        for tool in slurmdbd mariadbd mariadb-install-db; do
+            command -v "$tool" >/dev/null || skip "$tool is not installed (packages slurmdbd and mariadb-server)"
+        done
+    fi
     unshare --net --pid --mount --uts --ipc --fork --mount-proc true 2>/dev/null || skip "this machine refuses namespaces"
     unshare --net --uts --fork ip link add probe type bridge 2>/dev/null || skip "this machine refuses network bridges"
     setpriv --pdeathsig KILL unshare --net --pid --mount --uts --fork --mount-proc --kill-child bash "${BASH_SOURCE[0]}" --inside "$@" &
@@ -89,6 +96,10 @@ ReturnToService=2
 MinJobAge=3600
 PartitionName=test Nodes=ALL Default=YES DefaultTime=10 MaxTime=INFINITE
 CONF
+if [ -n "${SELM_CLUSTER_ACCOUNTING:-}" ]; then
+    sed -i 's,accounting_storage/none,accounting_storage/slurmdbd,; s/^MinJobAge=.*/MinJobAge=20/' $SLURM_CONF
+    echo "AccountingStorageHost=control" >>$SLURM_CONF
+fi
 echo "CgroupPlugin=cgroup/v1" >$SELM_CLUSTER/cgroup.conf
 {
     echo "127.0.0.1 localhost"
@@ -108,6 +119,7 @@ chmod 600 $SELM_CLUSTER/munge.key
 munged -F --key-file=$SELM_CLUSTER/munge.key --socket=$SELM_CLUSTER/munge --pid-file=$SELM_CLUSTER/munged.own \
     --seed-file=$SELM_CLUSTER/munge.seed --log-file=$SELM_CLUSTER/log/munged.log >$SELM_CLUSTER/log/munged.out 2>&1 </dev/null &
 wait_for munged munge -n -S $SELM_CLUSTER/munge
+if [ -n "${SELM_CLUSTER_ACCOUNTING:-}" ]; then start_accounting; fi
 start_controller
 for ((k = 1; k <= nodes; k++)); do start_node "$k"; done
 wait_for "the nodes" all_idle "$nodes"
