@@ -1,0 +1,202 @@
+"""What every work shares: options, running ours and the peers, measuring in turns."""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from typing import Callable
+
+from . import machine
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+PEERS = os.path.join(ROOT, "benchmarks", "selm_bench", "peers")
+WORKS = ["generate", "rank", "reward", "logprob", "train", "import", "tokenizers", "collectives", "startup", "write", "adamw"]
+MPI = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMPI_MCA_mpi_yield_when_idle": "1", "OMP_NUM_THREADS": "1"}
+
+
+@dataclass
+class Contestant:
+    """One side of a comparison. `run(repetition)` does the work once and returns a sample: a dictionary of numbers."""
+    name: str
+    run: Callable[[int], dict]
+    repetitions: int = 0  # 0: as many as asked for
+
+
+@dataclass
+class Comparison:
+    """A line of the table: `ours` by `peer` in `key` (peer empty: the number itself), and the target, if there is one."""
+    phase: str
+    ours: str
+    peer: str
+    key: str
+    target: float | None = None
+    at_most: bool = False  # the target is an upper bound
+    peer_text: str = ""
+
+
+@dataclass
+class Work:
+    name: str
+    what: str
+    unit: str
+    key: str
+    contestants: list
+    comparisons: list
+    notes: list = field(default_factory=list)
+    repetitions: int = 0  # 0: as many as asked for
+    measured_before: bool = False  # by one program that took turns itself: samples are only handed on
+    others_cores: float = 0.0  # meanwhile
+
+
+class Failed(Exception):
+    pass
+
+
+def tail(text, lines=25):
+    return "\n".join(text.splitlines()[-lines:])
+
+
+class Bench:
+    """Paths, options, and the ways to run things."""
+
+    def __init__(self, arguments):
+        self.a = arguments
+        self.work = tempfile.mkdtemp(prefix="selm-benchmark-", dir=arguments.scratch)
+        self.data = os.path.join(ROOT, "data", "ultrafeedback_sample.jsonl")
+        self.not_run = []
+        self.cached_roofline = {}
+
+    def path(self, name):
+        return os.path.join(self.work, name)
+
+    def close(self):
+        shutil.rmtree(self.work, ignore_errors=True)
+
+    def command(self, words, environment=None, memory=False):
+        """Runs a command; {"out", "wall_s", "peak_rss_bytes" of the process itself, "pss_bytes" where asked for}."""
+        words = [str(word) for word in words]
+        start = time.perf_counter()
+        with tempfile.TemporaryFile("w+") as errors:
+            process = subprocess.Popen(words, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=errors, start_new_session=True,
+                                       env=dict(os.environ, **(environment or {})))
+            watch = machine.Memory(process.pid) if memory else None
+            if watch:
+                watch.start()
+            out = process.stdout.read()
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            result = {"out": out, "wall_s": time.perf_counter() - start, "peak_rss_bytes": usage.ru_maxrss * 1024}
+            if watch:
+                result["pss_bytes"] = watch.stop()
+            if process.returncode != 0:
+                errors.seek(0)
+                raise Failed(f"{' '.join(words)}\nended with {process.returncode}:\n{tail(out)}\n{tail(errors.read())}")
+        return result
+
+    def mpirun(self, ranks, *words, memory=False):
+        return self.command(["mpirun", "--oversubscribe", "--bind-to", "none", "-np", ranks, *words], MPI, memory)
+
+    def program(self, name):
+        return os.path.join(self.a.build, "bin", name)
+
+    def tool(self, name):
+        path = os.path.join(self.a.build, "benchmarks", name)
+        if not os.path.exists(path):
+            raise Failed(f"{path} does not exist. Build it: ninja -C {self.a.build} {name}")
+        return path
+
+    def selm(self, name, *words, ranks=None, memory=False):
+        options = [] if name == "selm_import" else ["--progress", "off"]
+        if self.a.device != "cpu" and name != "selm_import":
+            options += ["--device", self.a.device]
+        return self.mpirun(ranks or self.a.ranks, self.program(name), *options, *words, memory=memory)
+
+    def python(self, script, *words, environment=None, memory=False, threads=None):
+        """A peer: benchmarks/selm_bench/peers/SCRIPT.py; its last line of output is JSON."""
+        threads = threads or self.a.ranks
+        environment = dict({"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(threads)}, **(environment or {}))
+        done = self.command([self.a.python, os.path.join(PEERS, script + ".py"), *words], environment, memory)
+        lines = done.pop("out").strip().splitlines()
+        if not lines:
+            raise Failed(f"{script} printed nothing")
+        return dict(done, **json.loads(lines[-1]))
+
+    def imported(self, rows, name="prefs.h5"):
+        if not os.path.exists(self.path(name)):
+            self.selm("selm_import", "--input", self.data, "--rows", f"0:{rows}", "--output", self.path(name), ranks=1)
+        return self.path(name)
+
+    def roofline(self, ranks=None):
+        """Peaks of `ranks` cores at once, measured once in a run: {"flops": per s, "bytes": per s, samples}."""
+        ranks = ranks or self.a.ranks
+        if ranks not in self.cached_roofline:
+            out = self.mpirun(ranks, self.tool("selm_roofline_benchmark"), 5 if self.a.quick else 10)["out"]
+            lines = {line["what"]: line for line in map(json.loads, filter(lambda x: x.startswith("{"), out.splitlines()))}
+            peak = {what: max(line["samples"]) * 1e9 for what, line in lines.items()}
+            flops = peak["fma_bf16"] if self.a.dtype == "bf16" and "fma_bf16" in peak else peak["fma_fp32"]
+            self.cached_roofline[ranks] = {"ranks": ranks, "flops": flops, "bytes": max(peak["read"], peak["update"]), "samples": lines}
+        return self.cached_roofline[ranks]
+
+
+def number(pattern, text):
+    found = re.search(pattern, text)
+    if not found:
+        raise Failed(f"cannot find /{pattern}/ in:\n{text}")
+    return float(found.group(1))
+
+
+def measure(work, repetitions, save, log=lambda text: print(text, file=sys.stderr, flush=True)):
+    """All contestants in turns, every second time in the opposite order. A contestant that fails is left out, with the reason."""
+    result = {"work": work.name, "what": work.what, "unit": work.unit, "key": work.key, "notes": list(work.notes), "left_out": {},
+              "samples": {contestant.name: [] for contestant in work.contestants}}
+    for repetition in range(repetitions):
+        for contestant in (work.contestants if repetition % 2 == 0 else reversed(work.contestants)):
+            wanted = min(contestant.repetitions or repetitions, repetitions)
+            if repetition >= wanted or contestant.name in result["left_out"]:
+                continue
+            others = machine.Others(time.perf_counter)
+            try:
+                sample = contestant.run(repetition)
+            except Failed as error:
+                log(f"{work.name}: {contestant.name}: {error}")
+                result["left_out"][contestant.name] = str(error).splitlines()[-1][:300] if str(error) else "failed"
+                continue
+            sample["others_cores"] = work.others_cores if work.measured_before else others.cores()
+            result["samples"][contestant.name].append(sample)
+            if not work.measured_before:
+                log(f"{work.name}: {contestant.name}: {sample.get(work.key, 0):.4g} {work.unit} (others {sample['others_cores']:.2f} cores)")
+        save(result)
+    return result
+
+
+def parse(words, doc):
+    parser = argparse.ArgumentParser(prog="benchmarks/run", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", choices=[*WORKS, "all", "summary"])
+    parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of our programs and of the peers in PyTorch")
+    parser.add_argument("--repetitions", type=int, help="after a warm-up (3; 10 of short ones)")
+    parser.add_argument("--peer-repetitions", type=int, default=0, help="fewer for the peers (as many)")
+    parser.add_argument("--quick", action="store_true", help="fewer rows and repetitions, and only some of the peers; the tables say which")
+    parser.add_argument("--ranks", type=int, default=2, help="of ours, one thread each; the peers' threads (2)")
+    parser.add_argument("--rows", type=int, help="prompts, pairs or ranked rows")
+    parser.add_argument("--layers", type=int, default=24, help="of the pair ranker (24: PairRM's size)")
+    parser.add_argument("--points", help="generate: PROMPTSxTOKENS,... (16x64,32x128)")
+    parser.add_argument("--skip", default="", help="contestants that are left out, words of their names with commas between (trl,deepspeed,1 rank)")
+    parser.add_argument("--tokens-per-microbatch", type=int, default=2048)
+    parser.add_argument("--build", default=os.path.join(ROOT, "build", "release"))
+    parser.add_argument("--model", default=os.path.join(ROOT, "build", "models", "smollm2"))
+    parser.add_argument("--reward", default=os.path.join(ROOT, "build", "models", "smollm2-reward"))
+    parser.add_argument("--python", default=os.path.join(ROOT, "build", "bench-venv", "bin", "python"), help="of benchmarks/setup")
+    parser.add_argument("--results", default=os.path.join(ROOT, "benchmarks", "results"))
+    parser.add_argument("--scratch", help="for data and checkpoints (TMPDIR)")
+    arguments = parser.parse_args(words)
+    if arguments.ranks < 1 or (arguments.repetitions is not None and arguments.repetitions < 1):
+        parser.error("--ranks and --repetitions begin at 1")
+    arguments.skip = [word.strip() for word in arguments.skip.split(",") if word.strip()]
+    return arguments

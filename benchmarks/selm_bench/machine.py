@@ -1,0 +1,97 @@
+"""The machine beside a measurement: hardware, versions, what other processes do meanwhile, memory of a program and its ranks."""
+
+import os
+import platform
+import resource
+import subprocess
+import threading
+
+BUSY_CORES = 0.15  # other processes' CPU time by elapsed time from which on a run is called busy
+
+
+def cpu_info(key):
+    with open("/proc/cpuinfo") as file:
+        return next((line.split(":", 1)[1].strip() for line in file if line.startswith(key)), "")
+
+
+def hardware():
+    flags = cpu_info("flags").split()
+    return {"cpu": cpu_info("model name") or platform.processor(), "cores": os.cpu_count(),
+            "features": [name for name in ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16") if name in flags],
+            "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1), "system": platform.platform()}
+
+
+def available_bytes():
+    with open("/proc/meminfo") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+
+
+def first_line(words):
+    try:
+        return subprocess.run(words, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout.splitlines()[0]
+    except (OSError, IndexError):
+        return "none"
+
+
+def busy_seconds():
+    """CPU seconds of all processes since the machine started (idle time and waiting for the disk left out)."""
+    with open("/proc/stat") as file:
+        fields = list(map(int, file.readline().split()[1:9]))
+    user, nice, system, _, _, irq, softirq, steal = fields
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def own_seconds():
+    """CPU seconds of this process and of its children that have ended, theirs included."""
+    return sum(r.ru_utime + r.ru_stime for r in (resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)))
+
+
+class Others:
+    """How many cores the machine's other processes used between start and stop, on average."""
+
+    def __init__(self, clock):
+        self.clock = clock
+        self.start = (clock(), busy_seconds(), own_seconds())
+
+    def cores(self):
+        then, busy, own = self.start
+        elapsed = self.clock() - then
+        return max(0.0, (busy_seconds() - busy) - (own_seconds() - own)) / elapsed if elapsed > 0 else 0.0
+
+
+def proportional_set_size(pid):
+    try:
+        with open(f"/proc/{pid}/smaps_rollup") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("Pss:"))
+    except (OSError, StopIteration):
+        return 0
+
+
+def in_session(session):
+    """Processes of a session: a command that was started in a new one, with its ranks."""
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/stat") as file:
+                if int(file.read().rpartition(")")[2].split()[3]) == session:
+                    yield pid
+        except (OSError, ValueError, IndexError):
+            pass
+
+
+class Memory(threading.Thread):
+    """The largest sum of proportional set sizes of a command's processes, sampled."""
+
+    def __init__(self, session, every_s=0.5):
+        super().__init__(daemon=True)
+        self.session, self.every_s = session, every_s
+        self.peak = 0
+        self.done = threading.Event()
+
+    def run(self):
+        while not self.done.wait(self.every_s):
+            self.peak = max(self.peak, sum(map(proportional_set_size, in_session(self.session))))
+
+    def stop(self):
+        self.done.set()
+        self.join()
+        return self.peak
