@@ -31,7 +31,7 @@ class Point:
         remove(output)
         done = bench.selm("selm_gen", "--data", self.prefs, "--policy", bench.a.model, "--output", output, "--max-new-tokens", self.tokens,
                           "--dtype", bench.a.dtype, ranks=ranks, memory=True)
-        found = figures(bench, output, "generate")
+        found = figures(bench, output, "generation")
         answers, = take(found, "answers")
         self.reference_answers = answers
         peak = bench.roofline(ranks)

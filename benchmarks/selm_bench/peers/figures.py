@@ -1,4 +1,5 @@
-"""Figures of an iteration file of ours: seconds of a phase on its slowest rank, answers, scores, log-probs. Usage: figures.py FILE PHASE"""
+"""Figures of an iteration file of ours: seconds of a phase on its slowest rank, answers, scores, log-probs. Usage: figures.py FILE PHASE (the
+beginning of its name under /timing)"""
 
 import sys
 
@@ -9,7 +10,7 @@ from common import emit
 
 def main():
     with h5py.File(sys.argv[1], "r") as file:
-        timing = file["timing/" + sys.argv[2]]
+        timing = file["timing"][next(name for name in file["timing"] if name.startswith(sys.argv[2]))]
         seconds = timing["busy_s"][:] + timing["idle_s"][:]
         result = {"seconds": float(seconds.max()), "idle_share": float(timing["idle_s"][:].sum() / seconds.sum())}
         if "responses/generated/tokens" in file:
