@@ -79,7 +79,8 @@ def make(bench, rows, tokens):
     ranks = bench.a.ranks
     ours, one, hf, llama = ours_name(ranks), ours_name(1), "transformers generate", "llama.cpp"
     fewer = bench.a.peer_repetitions
-    contestants = [Contestant(ours, lambda r: point.ours(ranks, r)), Contestant(llama, point.llama, fewer), Contestant(hf, point.transformers, fewer)]
+    slow = fewer or (1 if bench.a.quick else 0)
+    contestants = [Contestant(ours, lambda r: point.ours(ranks, r)), Contestant(llama, point.llama, fewer or (2 if bench.a.quick else 0)), Contestant(hf, point.transformers, slow)]
     if ranks > 1:
         contestants.insert(1, Contestant(one, lambda r: point.ours(1, r)))
     notes = ["transformers: left-padded batches of 16; llama.cpp: all sequences decoded together, a stream of keys and values each, flash attention as it chooses. "

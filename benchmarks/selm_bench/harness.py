@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -58,7 +59,7 @@ class Failed(Exception):
     pass
 
 
-def tail(text, lines=25):
+def tail(text, lines=12):
     return "\n".join(text.splitlines()[-lines:])
 
 
@@ -68,14 +69,24 @@ class Bench:
     def __init__(self, arguments):
         self.a = arguments
         self.work = tempfile.mkdtemp(prefix="selm-benchmark-", dir=arguments.scratch)
-        self.data = os.path.join(ROOT, "data", "ultrafeedback_sample.jsonl")
-        self.not_run = []
+        self.data = arguments.data
         self.cached_roofline = {}
+        self.running = None
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
     def path(self, name):
         return os.path.join(self.work, name)
 
     def close(self):
+        """Ends what still runs when the run is cut off, and removes the data."""
+        if self.running:
+            try:
+                os.killpg(self.running.pid, signal.SIGTERM)
+                self.running.wait(3)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.running.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
         shutil.rmtree(self.work, ignore_errors=True)
 
     def command(self, words, environment=None, memory=False):
@@ -83,14 +94,15 @@ class Bench:
         words = [str(word) for word in words]
         start = time.perf_counter()
         with tempfile.TemporaryFile("w+") as errors:
-            process = subprocess.Popen(words, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=errors, start_new_session=True,
+            process = subprocess.Popen(words, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=errors, process_group=0,
                                        env=dict(os.environ, **(environment or {})))
+            self.running = process
             watch = machine.Memory(process.pid) if memory else None
             if watch:
                 watch.start()
             out = process.stdout.read()
             _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
+            process.returncode, self.running = os.waitstatus_to_exitcode(status), None
             result = {"out": out, "wall_s": time.perf_counter() - start, "peak_rss_bytes": usage.ru_maxrss * 1024}
             if watch:
                 result["pss_bytes"] = watch.stop()
@@ -127,10 +139,24 @@ class Bench:
             raise Failed(f"{script} printed nothing")
         return dict(done, **json.loads(lines[-1]))
 
-    def imported(self, rows, name="prefs.h5"):
+    def imported(self, rows, name):
         if not os.path.exists(self.path(name)):
             self.selm("selm_import", "--input", self.data, "--rows", f"0:{rows}", "--output", self.path(name), ranks=1)
         return self.path(name)
+
+    def with_answers(self, rows):
+        """An iteration file whose generated answers are the next row's chosen ones: texts of real lengths; and the lines it was made of."""
+        lines, path = self.path(f"answers-{rows}.jsonl"), self.path(f"answers-{rows}.h5")
+        if not os.path.exists(path):
+            with open(self.data) as file:
+                sample = [json.loads(line) for _, line in zip(range(rows + 1), file)]
+            with open(lines, "w") as out:
+                for row, following in zip(sample, sample[1:]):
+                    response = following["chosen"][-1]["content"]
+                    out.write(json.dumps({"prompt_id": row["prompt_id"], "response": response, "messages": row["chosen"][:-1], "prompt": row["prompt"],
+                                          "answers": [response, row["chosen"][-1]["content"], row["rejected"][-1]["content"]]}) + "\n")
+            self.selm("selm_gen", "--data", self.imported(rows, f"prefs-{rows}.h5"), "--responses", lines, "--output", path, ranks=1)
+        return path, lines
 
     def roofline(self, ranks=None):
         """Peaks of `ranks` cores at once, measured once in a run: {"flops": per s, "bytes": per s, samples}."""
@@ -193,6 +219,7 @@ def parse(words, doc):
     parser.add_argument("--model", default=os.path.join(ROOT, "build", "models", "smollm2"))
     parser.add_argument("--reward", default=os.path.join(ROOT, "build", "models", "smollm2-reward"))
     parser.add_argument("--python", default=os.path.join(ROOT, "build", "bench-venv", "bin", "python"), help="of benchmarks/setup")
+    parser.add_argument("--data", default=os.path.join(ROOT, "data", "ultrafeedback_sample.jsonl"), help="preference rows (.jsonl)")
     parser.add_argument("--results", default=os.path.join(ROOT, "benchmarks", "results"))
     parser.add_argument("--scratch", help="for data and checkpoints (TMPDIR)")
     arguments = parser.parse_args(words)

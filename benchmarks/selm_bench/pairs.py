@@ -4,25 +4,23 @@ import json
 import os
 import shutil
 
-from .harness import Comparison, Contestant, Work
+from .harness import Comparison, Contestant, Failed, Work
 from .roofline import Decoder, branches
 from .shared import figures, ours_name, take, torch_options, without
 
-BETA = 0.1
+BETA, STEPS, LEARNING_RATE = 0.1, 2, 1e-5  # large enough that the second step's loss is not log 2
 
 
 class Pairs:
-    """Ranked rows, their token ids, and a policy a little away from the reference, so that losses differ from log 2."""
+    """Ranked rows and their token ids."""
 
     def __init__(self, bench, rows):
         self.bench, self.rows = bench, rows
-        self.iter, self.ids, self.policy = bench.path(f"ranked-{rows}.h5"), bench.path(f"pairs-{rows}.jsonl"), bench.path("policy")
+        self.iter, self.ids = bench.path(f"ranked-{rows}.h5"), bench.path(f"pairs-{rows}.jsonl")
         if not os.path.exists(self.iter):
-            bench.selm("selm_gen", "--data", bench.imported(rows, f"prefs-{rows}.h5"), "--policy", bench.a.model, "--output", self.iter, "--max-new-tokens", 192)
+            shutil.copy(bench.with_answers(rows)[0], self.iter)
             bench.selm("selm_rank", "--iter", self.iter, "--ranker", f"reward:{bench.a.reward}")
             bench.python("encode", "pairs", "--model", bench.a.model, "--iter", self.iter, "--output", self.ids)
-        if not os.path.exists(self.policy):
-            bench.python("make_policy", bench.a.model, self.policy)
         with open(self.ids) as file:
             self.triples = [json.loads(line) for line in file]
         self.decoder = Decoder.read(bench.a.model)
@@ -76,14 +74,14 @@ def logprob_work(bench):
                 "pss_bytes": done["pss_bytes"], "largest_relative_difference": difference}
 
     name, one, hf = ours_name(ranks), ours_name(1), "transformers forward"
-    contestants = [Contestant(name, lambda r: ours(ranks)), Contestant(hf, peer, bench.a.peer_repetitions)]
+    contestants = [Contestant(name, lambda r: ours(ranks)), Contestant(hf, peer, bench.a.peer_repetitions or (2 if bench.a.quick else 0))]
     if ranks > 1:
         contestants.insert(1, Contestant(one, lambda r: ours(1)))
     comparisons = [Comparison("log-prob pass", name, hf, "rows_per_s", 4, peer_text="transformers forward of the same sequences, padded"),
                    Comparison("log-prob pass", name, "", "roofline_share", peer_text="arithmetic peak x counted FLOPs"),
                    Comparison("log-prob pass", name, one, "rows_per_s", 1.9, peer_text="ours on 1 rank")]
     return Work("logprob", f"Log-probs of best, worst and generated answers of {pairs.rows} rows", "rows/s", "rows_per_s", without(contestants, bench.a.skip), comparisons,
-                ["Seconds of the pass itself; models are loaded before. Sums agree as `largest_relative_difference` in the JSON file says."])
+                ["Generated answers: the next row's chosen one. Seconds of the pass itself; models are loaded before. Sums agree as `largest_relative_difference` in the JSON file says."])
 
 
 class Training:
@@ -98,8 +96,8 @@ class Training:
         path, output = pairs.copy(f"train-{ranks}.h5"), bench.path(f"trained-{ranks}")
         logp = pairs.log_probs(path, ranks)
         shutil.rmtree(output, ignore_errors=True)
-        done = bench.selm("selm_train", "--iter", path, "--policy", pairs.policy, "--output", output, "--global-batch", pairs.rows, "--learning-rate", "5e-7",
-                          "--schedule", "constant", "--warmup-ratio", 0, "--alpha", alpha, "--beta", BETA, *pairs.common(), ranks=ranks, memory=True)
+        done = bench.selm("selm_train", "--iter", path, "--policy", bench.a.model, "--output", output, "--global-batch", pairs.rows // STEPS, "--shuffle", "off",
+                          "--learning-rate", LEARNING_RATE, "--schedule", "constant", "--warmup-ratio", 0, "--alpha", alpha, "--beta", BETA, *pairs.common(), ranks=ranks, memory=True)
         with open(os.path.join(output, "metrics.jsonl")) as file:
             steps = [json.loads(line) for line in file]
         shutil.rmtree(output)
@@ -108,15 +106,15 @@ class Training:
         peak = bench.roofline(ranks)
         least_step = pairs.flops(True, alpha != 0) / peak["flops"]
         least = least_step + pairs.flops(False, True) / peak["flops"]
-        return self.sample(seconds, step_s=step, logp_s=logp["seconds"], loss=steps[0]["loss"], roofline_s=least, roofline_share=least / seconds,
+        return self.sample(seconds, step_s=step, logp_s=logp["seconds"], loss=steps[-1]["loss"], roofline_s=least, roofline_share=least / seconds,
                            step_share=least_step / step, comm_s=steps[0]["comm_s"], peak_bytes_per_rank=steps[-1]["peak_bytes"],
                            pss_bytes=max(done["pss_bytes"], logp["pss_bytes"]), wall_s=done["wall_s"] + logp["wall_s"])
 
-    def peer(self, script, *words, threads=None):
+    def peer(self, script, *words):
         bench, pairs = self.bench, self.pairs
         options = ["--dtype", torch_options(bench)[1], "--ranks", bench.a.ranks] if script == "zero_step" else torch_options(bench)
-        done = bench.python(script, "--policy", pairs.policy, "--reference", bench.a.model, "--pairs", pairs.ids, "--micro-batch", min(2, pairs.rows), "--beta", BETA,
-                            *options, *words, memory=True)
+        done = bench.python(script, "--model", bench.a.model, "--pairs", pairs.ids, "--micro-batch", min(2, pairs.rows // STEPS), "--steps", STEPS, "--learning-rate",
+                            LEARNING_RATE, "--beta", BETA,                            *options, *words, memory=True)
         return self.sample(done["seconds"], loss=done["loss"], wall_s=done["wall_s"], pss_bytes=done["pss_bytes"], **{k: done[k] for k in ("train_s", "precompute_s") if k in done})
 
 
@@ -126,13 +124,15 @@ def train_works(bench):
 
 def train_work(bench):
     rows = bench.a.rows or (4 if bench.a.quick else 32)
+    if rows % (2 * STEPS) != 0:
+        raise Failed(f"train: --rows {rows} is not a multiple of {2 * STEPS}")
     training = Training(bench, Pairs(bench, rows))
     ranks, fewer = bench.a.ranks, bench.a.peer_repetitions
-    slow = 1 if bench.a.quick else fewer
+    slow = fewer or (1 if bench.a.quick else 0)
     name, one, alpha0 = ours_name(ranks), ours_name(1), ours_name(ranks) + ", alpha 0"
     authors, checkpointed, trl, precomputed, zero = "authors' step", "authors' step, gradient checkpointing", "TRL DPOTrainer", "TRL DPOTrainer, precomputed", "DeepSpeed ZeRO-1"
     contestants = [Contestant(name, lambda r: training.ours(ranks, 0.001)), Contestant(alpha0, lambda r: training.ours(ranks, 0)),
-                   Contestant(authors, lambda r: training.peer("train"), 2 if bench.a.quick and not fewer else fewer),
+                   Contestant(authors, lambda r: training.peer("train"), slow),
                    Contestant(checkpointed, lambda r: training.peer("train", "--checkpointing"), slow),
                    Contestant(trl, lambda r: training.peer("trl_dpo"), slow), Contestant(precomputed, lambda r: training.peer("trl_dpo", "--precompute"), slow)]
     if ranks > 1:
@@ -149,8 +149,8 @@ def train_work(bench):
                    Comparison(phase + ", alpha 0", alpha0, zero, "pairs_per_s", peer_text="DeepSpeed ZeRO-1 on CPU ranks (gloo)"),
                    Comparison(phase, name, "", "roofline_share", 0.7, peer_text="arithmetic peak x counted FLOPs"),
                    Comparison(phase, name, one, "pairs_per_s", 1.8, peer_text="ours on 1 rank")]
-    notes = ["One optimizer step; the pass for reference log-probs is part of it on all sides. Peers: micro-batches of 2 pairs, padded. `loss` of every sample is in the JSON file: "
-             "the policy is the reference with a little noise, so that it is not log 2.", "Proportional set size: the larger of our two programs, all ranks."]
+    notes = [f"Generated answers: the next row's chosen one. {STEPS} optimizer steps of {rows // STEPS} pairs each; the reference's log-probs are part of it on all sides. Peers: micro-batches of 2 pairs, padded, accumulated. `loss` of "
+             "every sample in the JSON file is the second step's, which the first one's update has moved away from log 2.", "Proportional set size: the larger of our two programs, all ranks."]
     if bench.a.quick:
-        notes.append("--quick: checkpointing and TRL once, the authors' step twice, no DeepSpeed.")
-    return Work("train", f"One optimizer step on {rows} pairs, reference log-probs included", "pairs/s", "pairs_per_s", without(contestants, bench.a.skip), comparisons, notes)
+        notes.append("--quick: peers once, no DeepSpeed.")
+    return Work("train", f"{STEPS} optimizer steps of {rows // STEPS} pairs, reference log-probs included", "pairs/s", "pairs_per_s", without(contestants, bench.a.skip), comparisons, notes)

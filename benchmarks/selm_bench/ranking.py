@@ -1,6 +1,5 @@
 """PairRM's size against transformers driven as LLM-Blender does, and a reward model against sequence classification."""
 
-import json
 import shutil
 
 from .harness import Comparison, Contestant, Work
@@ -22,9 +21,8 @@ def rank_works(bench):
 def rank_work(bench):
     rows = bench.a.rows or (8 if bench.a.quick else 16)
     layers = bench.a.layers if not bench.a.quick or bench.a.layers != 24 else 1
-    ranker, texts, unranked = bench.path("pairrm"), bench.path("rows.jsonl"), bench.path("unranked.h5")
-    bench.python("pairrm", "make", "--model", ranker, "--data", bench.data, "--rows", rows, "--pairs", texts, "--layers", layers)
-    bench.selm("selm_gen", "--data", bench.imported(rows, f"prefs-{rows}.h5"), "--responses", texts, "--output", unranked, ranks=1)
+    ranker, (unranked, texts) = bench.path("pairrm"), bench.with_answers(rows)
+    bench.python("pairrm", "make", "--model", ranker, "--layers", layers)
     ranks, kept = bench.a.ranks, {}
 
     def ours(count):
@@ -46,7 +44,7 @@ def rank_work(bench):
 
     name, one, hf = ours_name(ranks), ours_name(1), "transformers as LLM-Blender"
     # The peer first: it counts the sequences' lengths.
-    contestants = [Contestant(hf, peer, bench.a.peer_repetitions or (2 if bench.a.quick else 0)), Contestant(name, lambda r: ours(ranks))]
+    contestants = [Contestant(hf, peer, bench.a.peer_repetitions or (1 if bench.a.quick else 0)), Contestant(name, lambda r: ours(ranks))]
     if ranks > 1:
         contestants.append(Contestant(one, lambda r: ours(1)))
     size = "full size" if layers == 24 else f"{layers} of 24 layers"
@@ -67,15 +65,7 @@ def reward_works(bench):
 
 def reward_work(bench):
     rows = bench.a.rows or (8 if bench.a.quick else 32)
-    texts, unranked = bench.path("reward.jsonl"), bench.path("unscored.h5")
-    with open(bench.data) as file:
-        sample = [json.loads(line) for _, line in zip(range(rows + 1), file)]
-    with open(texts, "w") as out:
-        for row, following in zip(sample, sample[1:]):
-            response = following["chosen"][-1]["content"]
-            out.write(json.dumps({"prompt_id": row["prompt_id"], "response": response, "messages": row["chosen"][:-1],
-                                  "answers": [response, row["chosen"][-1]["content"], row["rejected"][-1]["content"]]}) + "\n")
-    bench.selm("selm_gen", "--data", bench.imported(rows, f"prefs-{rows}.h5"), "--responses", texts, "--output", unranked, ranks=1)
+    unranked, texts = bench.with_answers(rows)
     ranks, kept, decoder = bench.a.ranks, {}, Decoder.read(bench.a.reward)
 
     def ours(count):
@@ -97,7 +87,7 @@ def reward_work(bench):
                 "wall_s": done["wall_s"], "pss_bytes": done["pss_bytes"]}
 
     name, one, hf = ours_name(ranks), ours_name(1), "transformers classification"
-    contestants = [Contestant(hf, peer, bench.a.peer_repetitions), Contestant(name, lambda r: ours(ranks))]
+    contestants = [Contestant(hf, peer, bench.a.peer_repetitions or (2 if bench.a.quick else 0)), Contestant(name, lambda r: ours(ranks))]
     if ranks > 1:
         contestants.append(Contestant(one, lambda r: ours(1)))
     comparisons = [Comparison("reward model", name, hf, "rows_per_s", 3, peer_text="transformers sequence classification, batch 8"),

@@ -60,7 +60,7 @@ def tokenizer_works(bench):
 
 def tokenizer_work(bench, name, missing):
     directory, texts = bench.path(f"tokenizers/{name}"), bench.path("tokenizers/texts")
-    repetitions = bench.a.repetitions or (5 if bench.a.quick else 10)
+    repetitions = bench.a.repetitions or (3 if bench.a.quick else 10)
     one_thread = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     ids = {side: bench.path(f"ids-{side}") for side in ("ours", "peer")}
 

@@ -28,8 +28,7 @@ def deberta_config(vocabulary, layers):
 
 
 def make_pairrm(arguments):
-    """PairRM's size with random weights and a SentencePiece tokenizer of the sample; the rows to rank, where the third
-    candidate is the next row's chosen answer (a text of real length)."""
+    """PairRM's size with random weights and a SentencePiece tokenizer of the sample."""
     import pathlib
     import torch
     from transformers import DebertaV2Model
@@ -47,12 +46,7 @@ def make_pairrm(arguments):
         tensors[f"head_layer.{number}.weight"] = torch.randn(shape) / shape[1] ** 0.5
         tensors[f"head_layer.{number}.bias"] = torch.zeros(shape[0])
     made.save_weights(directory, tensors)
-    rows = read_rows(arguments.data)[: arguments.rows + 1]
-    with open(arguments.pairs, "w") as out:
-        for row, following in zip(rows[: arguments.rows], rows[1:]):
-            out.write(json.dumps({"prompt_id": row["prompt_id"], "response": following["chosen"][-1]["content"], "prompt": row["prompt"],
-                                  "answers": [following["chosen"][-1]["content"], row["chosen"][-1]["content"], row["rejected"][-1]["content"]]}) + "\n")
-    return {"rows": arguments.rows}
+    return {"layers": arguments.layers}
 
 
 def blender_parts(tokenizer, batch):
@@ -112,9 +106,7 @@ def main():
     parser.add_argument("--model", required=True)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--data")
-    parser.add_argument("--pairs", required=True)
-    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--pairs")
     parser.add_argument("--layers", type=int, default=24)
     arguments = parser.parse_args()
     emit((make_pairrm if arguments.what == "make" else rank)(arguments))

@@ -1,4 +1,4 @@
-"""One optimizer step as the authors of the algorithm take it: policy and reference model, two padded forwards each (best and worst
+"""Optimizer steps as the authors of the algorithm take them: policy and reference model, two padded forwards each (best and worst
 together, then the generated answer), DPO and the optimism term, accumulation, AdamW on fp32 master weights."""
 
 import argparse
@@ -22,8 +22,7 @@ def selm_loss(policy, reference, rows, pad, a):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--policy", required=True)
-    parser.add_argument("--reference", required=True)
+    parser.add_argument("--model", required=True)
     parser.add_argument("--pairs", required=True)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cpu")
@@ -33,12 +32,13 @@ def main():
     parser.add_argument("--alpha", type=float, default=0.001)
     parser.add_argument("--beta", type=float, default=0.1)
     parser.add_argument("--learning-rate", type=float, default=5e-7)
+    parser.add_argument("--steps", type=int, default=1)
     a = parser.parse_args()
     import torch
 
     torch.set_num_threads(a.threads)
-    policy = load_decoder(a.policy, a.dtype).train().to(a.device)
-    reference = load_decoder(a.reference, a.dtype).eval().to(a.device)
+    policy = load_decoder(a.model, a.dtype).train().to(a.device)
+    reference = load_decoder(a.model, a.dtype).eval().to(a.device)
     if a.checkpointing:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     master = [parameter.detach().float().clone() for parameter in policy.parameters()]
@@ -47,18 +47,21 @@ def main():
     pad = policy.config.pad_token_id or 0
     synchronize(a.device)
     start = time.perf_counter()
-    total = 0.0
-    for begin in range(0, len(rows), a.micro_batch):
-        batch = rows[begin: begin + a.micro_batch]
-        loss = selm_loss(policy, reference, batch, pad, a) * len(batch) / len(rows)
-        loss.backward()
-        total += loss.item()
-    for target, parameter in zip(master, policy.parameters()):
-        target.grad = parameter.grad.float()
-    optimizer.step()
-    with torch.no_grad():
-        for source, parameter in zip(master, policy.parameters()):
-            parameter.copy_(source)
+    size = len(rows) // a.steps
+    for step in range(a.steps):
+        total = 0.0
+        for begin in range(step * size, (step + 1) * size, a.micro_batch):
+            batch = rows[begin: begin + a.micro_batch]
+            loss = selm_loss(policy, reference, batch, pad, a) * len(batch) / size
+            loss.backward()
+            total += loss.item()
+        for target, parameter in zip(master, policy.parameters()):
+            target.grad = parameter.grad.float()
+            parameter.grad = None
+        optimizer.step()
+        with torch.no_grad():
+            for source, parameter in zip(master, policy.parameters()):
+                parameter.copy_(source)
     synchronize(a.device)
     emit({"seconds": time.perf_counter() - start, "pairs": len(rows), "loss": total})
 
