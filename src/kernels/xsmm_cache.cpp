@@ -127,6 +127,18 @@ void XsmmEngine::decode_row(const float* qkv_row, const AttentionShape& shape, c
                                                    .ldb = narrow(dim),
                                                    .ldc = narrow(stride),
                                                    .accumulate = false});
+    const auto value_kernel = [&](std::int64_t begin) {
+        return kernels_.find({.m = narrow(dim),
+                              .n = narrow(group),
+                              .k = narrow(std::min<std::int64_t>(tile, keys - begin)),
+                              .lda = narrow(dim),
+                              .ldb = narrow(stride),
+                              .ldc = narrow(dim),
+                              .accumulate = begin > 0});
+    };
+    const std::int64_t last = (keys - 1) / tile * tile;
+    const GemmKernel first_kernel = value_kernel(0), last_kernel = value_kernel(last),
+                     middle_kernel = last > tile ? value_kernel(tile) : last_kernel;
     for (std::int64_t kv = 0; kv < shape.kv_heads; ++kv) {
         const float* const key_blocks = cache.keys(layer, slot, kv);
         const float* const values = cache.values(layer, slot, kv);
@@ -137,14 +149,11 @@ void XsmmEngine::decode_row(const float* qkv_row, const AttentionShape& shape, c
         float sums[max_group];
         for (std::int64_t head = 0; head < group; ++head)
             sums[head] = soften_decode_row(scores + head * stride, keys, shape.scale);
-        for (std::int64_t begin = 0; begin < keys; begin += tile)
-            kernels_.find({.m = narrow(dim),
-                           .n = narrow(group),
-                           .k = narrow(std::min<std::int64_t>(tile, keys - begin)),
-                           .lda = narrow(dim),
-                           .ldb = narrow(stride),
-                           .ldc = narrow(dim),
-                           .accumulate = begin > 0})(values + begin * dim, scores + begin, out);
+        first_kernel(values, scores, out);
+        for (std::int64_t begin = tile; begin < last; begin += tile)
+            middle_kernel(values + begin * dim, scores + begin, out);
+        if (last > 0)
+            last_kernel(values + last * dim, scores + last, out);
         for (std::int64_t head = 0; head < group; ++head)
             for (std::int64_t d = 0; d < dim; ++d)
                 out[head * dim + d] /= sums[head];

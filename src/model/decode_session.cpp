@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <functional>
 
 #include "decoder_impl.hpp"
 #include "selm/base/error.hpp"
@@ -61,10 +62,11 @@ Tensor DecodeSession::Impl::run()
     d.engine.embed(tokens, d.weights.embedding(), a.x_in);
     d.weights.release_embedding();
     for (std::int64_t layer = 0; layer < d.config.layers; ++layer) {
-        d.forward_layer(d.weights.layer(layer, WeightUse::forward), a, positions,
-                        [&](const Tensor& qkv, const Tensor& attended) {
-                            d.engine.attention_cached(qkv, d.shape, *cache, layer, spans, attended);
-                        });
+        const auto attention = [&](const Tensor& qkv, const Tensor& attended) {
+            d.engine.attention_cached(qkv, d.shape, *cache, layer, spans, attended);
+        };
+        // By reference: a std::function of the lambda itself would take memory in every layer.
+        d.forward_layer(d.weights.layer(layer, WeightUse::forward), a, positions, std::cref(attention));
         d.weights.release(layer);
     }
     if (results > 0) {

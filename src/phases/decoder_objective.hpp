@@ -2,11 +2,13 @@
 
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "decoder_trainer.hpp"
+#include "packed_rows.hpp"
 #include "selm/model/model_files.hpp"
 #include "training_objective.hpp"
 
@@ -17,10 +19,11 @@ class DecoderObjective : public TrainingObjective {
   public:
     std::vector<ParameterSpec> parameters() const override { return decoder_parameters(model_->config()); }
     std::vector<std::int64_t> parameter_groups() const override { return decoder_parameter_groups(model_->config()); }
-    std::int64_t cost(std::int64_t row) const override { return costs_[static_cast<std::size_t>(row)]; }
+    std::int64_t cost(std::int64_t row) const override { return tokens_[static_cast<std::size_t>(row)]; }
+    std::int64_t work(std::int64_t row) const override { return work_[static_cast<std::size_t>(row)]; }
     void check_memory() const override
     {
-        model_->check_activations(costs_, [&](std::int64_t row) { return row_name(row); });
+        model_->check_activations(tokens_, [&](std::int64_t row) { return row_name(row); });
     }
     std::int64_t planned_bytes(const FlatLayout& layout, int ranks_on_node) const override
     {
@@ -36,8 +39,16 @@ class DecoderObjective : public TrainingObjective {
     DType saved_dtype() const override { return saved_dtype_; }
     void write_files(const std::string& directory) const override { model_->write_files(directory, saved_dtype_); }
 
-    /// Tokens of every row; before training.
-    void set_costs(std::vector<std::int64_t> costs) { costs_ = std::move(costs); }
+    /// Of every row, work as by work_of(); before training.
+    void set_costs(std::span<const RowCost> costs)
+    {
+        for (const RowCost& cost : costs) {
+            tokens_.push_back(cost.tokens);
+            work_.push_back(cost.work);
+        }
+    }
+
+    RowCost cost_of(const PackedRow& row) const { return {row.tokens(), work_of(row, model_->config(), true)}; }
 
   protected:
     DecoderObjective(std::unique_ptr<DecoderTrainer> model, DType saved_dtype)
@@ -50,7 +61,7 @@ class DecoderObjective : public TrainingObjective {
   private:
     std::unique_ptr<DecoderTrainer> model_;
     DType saved_dtype_;
-    std::vector<std::int64_t> costs_;
+    std::vector<std::int64_t> tokens_, work_;
 };
 
 } // namespace selm

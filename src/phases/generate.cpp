@@ -265,6 +265,7 @@ class Generator {
         const Clock::time_point start = Clock::now();
         Clock::time_point synced = start;
         bool finished = false;
+        model_.set_between_layers([&queue] { queue.poll(); });
         while (!finished || !batch_.empty()) {
             poll(queue);
             if (queue.stopped())
@@ -282,6 +283,7 @@ class Generator {
                 synced = Clock::now();
             }
         }
+        model_.set_between_layers({});
         journal_.sync();
         progress_.update(rows_, batch_.new_tokens());
         progress_.flush();
@@ -322,10 +324,10 @@ class Generator {
         return borrow_f32(host_logits_.data(), logits.rows, logits.columns);
     }
 
-    /// Fills free slots; true: the queue has nothing more for this rank.
+    /// Takes the rows whose prompts the next step can read; true: the queue has nothing more for this rank.
     bool fill(WorkQueue& queue, bool finished)
     {
-        while (!finished && batch_.free_slots() > 0) {
+        while (!finished && batch_.wants_row()) {
             const WorkQueue::Next next = queue.try_next();
             if (next.state != WorkQueue::State::item)
                 return next.state == WorkQueue::State::finished;
@@ -419,6 +421,16 @@ void log_start(const GenerateOptions& options, const Language& language, const P
                                     << " is not row invariant: answers may differ with the number of ranks and slots");
 }
 
+/// Rows whose prompts one step reads, on average.
+std::int64_t rows_per_step(const GenerateOptions& options, const PromptStore& prompts, std::span<const std::int64_t> rows)
+{
+    std::int64_t tokens = 0;
+    for (const std::int64_t row : rows)
+        tokens += prompts.length(row);
+    const auto count = static_cast<std::int64_t>(rows.size());
+    return tokens == 0 ? 1 : std::clamp<std::int64_t>(options.prefill_tokens * count / tokens, 1, options.slots);
+}
+
 /// Answers of the policy; nullopt when stopped before all rows were done. Collective over comm.
 std::optional<Answers> generate_answers(const GenerateOptions& options, const Input& input,
                                         std::optional<Journal>& opened, GenerateReport& report, Communicator& comm)
@@ -453,8 +465,7 @@ std::optional<Answers> generate_answers(const GenerateOptions& options, const In
     std::copy_if(plan.rows.begin(), plan.rows.end(), std::back_inserter(items),
                  [&](std::int64_t row) { return !journal.is_done(row); });
     const auto count = static_cast<std::int64_t>(items.size());
-    const std::int64_t share = (count + comm.size() - 1) / comm.size();
-    const std::int64_t slots = std::clamp<std::int64_t>(share, 1, options.slots);
+    const std::int64_t slots = std::clamp<std::int64_t>(count, 1, options.slots);
     const std::int64_t capacity = (plan.longest + prefill_tile - 1) / prefill_tile * prefill_tile;
 
     log_start(options, *language, plan, *model, slots, report.resumed_rows, comm);
@@ -471,8 +482,11 @@ std::optional<Answers> generate_answers(const GenerateOptions& options, const In
     });
 
     const Clock::time_point start = Clock::now();
+    const std::int64_t per_step = rows_per_step(options, prompts, items);
     WorkQueue queue(comm, items,
-                    {.tag = queue_tag, .initial_per_rank = initial_share(count, comm.size(), slots), .prefetch = 1});
+                    {.tag = queue_tag,
+                     .initial_per_rank = std::min(per_step, initial_share(count, comm.size(), slots)),
+                     .prefetch = per_step});
     run_queue(comm, queue, "generation", [&](WorkQueue& work) { generator->run(work); });
     progress.finish();
     Answers answers;

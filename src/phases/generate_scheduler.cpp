@@ -10,6 +10,11 @@ namespace {
 
 constexpr std::uint32_t sampling_purpose = 1; // see RandomStream
 
+std::int64_t round_up_to_tile(std::int64_t tokens)
+{
+    return (tokens + prefill_tile - 1) / prefill_tile * prefill_tile;
+}
+
 } // namespace
 
 ContinuousBatch::ContinuousBatch(const Options& options, Step step)
@@ -28,6 +33,16 @@ std::int64_t ContinuousBatch::free_slots() const
 bool ContinuousBatch::empty() const
 {
     return free_slots() == options_.slots;
+}
+
+bool ContinuousBatch::wants_row() const
+{
+    std::int64_t unread = 0; // whole tiles, as plan_prefill() counts them
+    for (const auto& slot : slots_) {
+        if (slot && slot->answer.tokens.empty())
+            unread += round_up_to_tile(static_cast<std::int64_t>(slot->prompt.size()) - slot->prefilled);
+    }
+    return unread < options_.prefill_tokens && free_slots() > 0;
 }
 
 void ContinuousBatch::add(const GenerationRow& row)

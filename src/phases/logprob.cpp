@@ -24,7 +24,10 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 constexpr int queue_tag = 1, progress_tag = 7;
-constexpr std::int64_t rows_ahead = 4; ///< asked for ahead of need, so that microbatches fill
+/// Tokens that keep the matrix kernels busy: passes take rows up to here, not more, so that ranks end together.
+constexpr std::int64_t enough_tokens = 512;
+constexpr std::int64_t bytes_per_token = 4; ///< of text, about
+constexpr std::int64_t most_rows_ahead = 16;
 
 double seconds_since(Clock::time_point start)
 {
@@ -120,17 +123,27 @@ RowLogProbSums from_payload(const Journal::Record& record)
 }
 
 /// Rows longest first, so that the last ones handed out are short.
-std::vector<std::int64_t> hand_out_order(const Input& input, const Journal& journal)
+struct HandOut {
+    std::vector<std::int64_t> rows;
+    std::int64_t per_pass = 1; ///< rows that make up a pass, on average
+};
+
+HandOut hand_out(const Input& input, const Journal& journal)
 {
     std::vector<std::pair<std::int64_t, std::int64_t>> rows; // (-bytes, position)
     for (std::int64_t i = 0; i < input.reader->rows(); ++i)
         if (!journal.is_done(i))
             rows.emplace_back(-RowEncoder::bytes(*input.reader, i, input.pair(i)), i);
     std::sort(rows.begin(), rows.end());
-    std::vector<std::int64_t> order;
-    for (const auto& [bytes, position] : rows)
-        order.push_back(position);
-    return order;
+    HandOut out;
+    std::int64_t total = 1;
+    for (const auto& [bytes, position] : rows) {
+        out.rows.push_back(position);
+        total -= bytes;
+    }
+    const auto count = static_cast<std::int64_t>(rows.size());
+    out.per_pass = std::clamp<std::int64_t>(enough_tokens * bytes_per_token * count / total, 1, most_rows_ahead);
+    return out;
 }
 
 /// This rank's share of the rows.
@@ -140,19 +153,21 @@ class Scorer {
            Journal& journal, ProgressReporter& progress, StopCondition& stop)
         : options_(options), input_(input), encoder_(encoder), model_(model), journal_(journal), progress_(progress),
           stop_(stop), budget_(model.engine().row_invariant() ? options.tokens_per_microbatch
-                                                              : 1) // rows alone give the same bits anywhere
+                                                              : 1), // rows alone give the same bits anywhere
+          enough_(std::min(budget_, enough_tokens))
     {
     }
 
     void run(WorkQueue& queue)
     {
+        model_.set_between_layers([&queue] { queue.poll(); });
         std::optional<PackedRow> next;
         for (bool finished = false; !finished || next;) {
             std::vector<PackedRow> rows;
             std::int64_t tokens = 0;
             if (next)
                 take(rows, tokens, std::move(next));
-            while (!finished && !next && tokens < budget_) {
+            while (!finished && !next && tokens < enough_) {
                 const WorkQueue::Next item = queue.try_next();
                 finished = item.state == WorkQueue::State::finished;
                 if (item.state != WorkQueue::State::item)
@@ -171,6 +186,7 @@ class Scorer {
             }
             poll(queue);
         }
+        model_.set_between_layers({});
         journal_.sync();
         progress_.flush();
     }
@@ -243,7 +259,8 @@ class Scorer {
     Journal& journal_;
     ProgressReporter& progress_;
     StopCondition& stop_;
-    std::int64_t budget_;
+    std::int64_t budget_; ///< tokens of a pass, at most
+    std::int64_t enough_; ///< from here on no further row joins a pass
     std::vector<RowLogProbSums> done_;
     std::int64_t tokens_ = 0, scored_tokens_ = 0;
 };
@@ -346,14 +363,14 @@ LogProbReport run_logprob(const LogProbOptions& options, Communicator& comm)
                                      .done_before = report.resumed_rows,
                                      .tag = progress_tag});
     Scorer scorer(options, input, *encoder, *model, journal, progress, stop);
-    std::vector<std::int64_t> items;
-    agree(comm, "order of the rows", [&] { items = hand_out_order(input, journal); });
+    HandOut order;
+    agree(comm, "order of the rows", [&] { order = hand_out(input, journal); });
     const Clock::time_point work_start = Clock::now();
-    WorkQueue queue(
-        comm, items,
-        {.tag = queue_tag,
-         .initial_per_rank = initial_share(static_cast<std::int64_t>(items.size()), comm.size(), rows_ahead),
-         .prefetch = rows_ahead});
+    const auto count = static_cast<std::int64_t>(order.rows.size());
+    WorkQueue queue(comm, order.rows,
+                    {.tag = queue_tag,
+                     .initial_per_rank = initial_share(count, comm.size(), order.per_pass),
+                     .prefetch = order.per_pass});
     run_queue(comm, queue, "log-probs", [&](WorkQueue& work) { scorer.run(work); });
     progress.finish();
 

@@ -21,6 +21,70 @@ ChatFormat chat_format(const std::string& directory, const std::string& name, co
     return name.empty() ? ChatFormat::recognise(directory, tokenizer) : ChatFormat::by_name(name);
 }
 
+/// Rows of one rank and what they cost.
+struct Share {
+    std::vector<std::size_t> rows;
+    std::int64_t load = 0;
+};
+
+/// The move of a row from one share to another, or the exchange of two, that brings their loads closest. Index of no row: -1.
+struct Exchange {
+    std::size_t to = 0;
+    std::ptrdiff_t given = -1, taken = -1;
+    std::int64_t larger_load = 0; ///< of the two afterwards
+};
+
+Exchange best_exchange(std::span<const Share> shares, std::size_t from, std::span<const std::int64_t> costs)
+{
+    Exchange best{.larger_load = shares[from].load};
+    for (std::size_t to = 0; to < shares.size(); ++to) {
+        if (shares[to].load == shares[from].load)
+            continue;
+        const auto count = static_cast<std::ptrdiff_t>(shares[to].rows.size());
+        for (std::size_t given = 0; given < shares[from].rows.size(); ++given)
+            for (std::ptrdiff_t taken = -1; taken < count; ++taken) {
+                const std::int64_t moved =
+                    costs[shares[from].rows[given]] -
+                    (taken < 0 ? 0 : costs[shares[to].rows[static_cast<std::size_t>(taken)]]);
+                const std::int64_t larger = std::max(shares[from].load - moved, shares[to].load + moved);
+                if (larger < best.larger_load)
+                    best = {to, static_cast<std::ptrdiff_t>(given), taken, larger};
+            }
+    }
+    return best;
+}
+
+/// Exchanges rows of the most loaded share until its load is within a thousandth of the mean, or nothing helps.
+void even_out(std::vector<Share>& shares, std::span<const std::int64_t> costs)
+{
+    constexpr std::int64_t most_trials = std::int64_t{1} << 24; ///< a fraction of a second
+    const std::int64_t mean =
+        std::accumulate(costs.begin(), costs.end(), std::int64_t{0}) / static_cast<std::int64_t>(shares.size());
+    for (std::int64_t trials = 0; trials < most_trials;) {
+        const auto largest = std::max_element(shares.begin(), shares.end(),
+                                              [](const Share& a, const Share& b) { return a.load < b.load; });
+        trials += static_cast<std::int64_t>(largest->rows.size() * (costs.size() + shares.size()));
+        if (largest->load - mean <= mean / 1000)
+            return;
+        const Exchange exchange = best_exchange(shares, static_cast<std::size_t>(largest - shares.begin()), costs);
+        if (exchange.given < 0)
+            return;
+        Share& other = shares[exchange.to];
+        const std::size_t given = largest->rows[static_cast<std::size_t>(exchange.given)];
+        largest->rows.erase(largest->rows.begin() + exchange.given);
+        if (exchange.taken >= 0) {
+            const std::size_t taken = other.rows[static_cast<std::size_t>(exchange.taken)];
+            other.rows.erase(other.rows.begin() + exchange.taken);
+            largest->rows.push_back(taken);
+            largest->load += costs[taken];
+            other.load -= costs[taken];
+        }
+        other.rows.push_back(given);
+        largest->load -= costs[given];
+        other.load += costs[given];
+    }
+}
+
 std::size_t index(Candidate candidate)
 {
     return static_cast<std::size_t>(candidate);
@@ -36,6 +100,36 @@ std::int64_t PackedRow::tokens() const
     for (const Branch& branch : branches)
         total += static_cast<std::int64_t>(branch.tokens.size());
     return total;
+}
+
+std::int64_t PackedRow::scored_tokens() const
+{
+    std::int64_t total = 0;
+    for (std::size_t branch = 0; branch < branches.size(); ++branch)
+        total += scored_tokens(branch);
+    return total;
+}
+
+std::int64_t PackedRow::attention_pairs() const
+{
+    const auto causal = [](std::size_t tokens) { return static_cast<std::int64_t>(tokens * (tokens + 1) / 2); };
+    std::int64_t pairs = causal(trunk.size());
+    for (const Branch& branch : branches)
+        pairs += causal(branch.tokens.size()) + static_cast<std::int64_t>(branch.tokens.size() * trunk.size());
+    return pairs;
+}
+
+std::int64_t work_of(const PackedRow& row, const DecoderConfig& config, bool with_backward)
+{
+    const std::int64_t token = config.layers * config.hidden *
+                               (config.qkv_width() + config.heads * config.head_dim + 3 * config.intermediate);
+    const std::int64_t scored_token = config.sequence_classifier ? 0 : config.vocabulary * config.hidden;
+    const std::int64_t pair = config.layers * config.heads * config.head_dim;
+    // Products of a pass. Those of attention, small and with exponentials between them, take half as long again.
+    const std::int64_t in_layers = with_backward ? 3 : 1, in_head = with_backward ? 4 : 1,
+                       in_attention = with_backward ? 7 : 2;
+    return (in_layers * row.tokens() * token + in_head * row.scored_tokens() * scored_token +
+            in_attention * 3 / 2 * row.attention_pairs() * pair) / 1000;
 }
 
 WantedCandidates RowPair::wanted() const
@@ -100,15 +194,19 @@ std::vector<std::vector<std::size_t>> balance_rows(std::span<const std::int64_t>
     std::vector<std::size_t> order(costs.size());
     std::iota(order.begin(), order.end(), std::size_t{0});
     std::stable_sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) { return costs[a] > costs[b]; });
-    std::vector<std::vector<std::size_t>> rows(static_cast<std::size_t>(ranks));
-    std::vector<std::int64_t> load(static_cast<std::size_t>(ranks), 0);
+    std::vector<Share> shares(static_cast<std::size_t>(ranks));
     for (const std::size_t row : order) {
-        const auto rank = static_cast<std::size_t>(std::min_element(load.begin(), load.end()) - load.begin());
-        rows[rank].push_back(row);
-        load[rank] += costs[row];
+        Share& least = *std::min_element(shares.begin(), shares.end(),
+                                         [](const Share& a, const Share& b) { return a.load < b.load; });
+        least.rows.push_back(row);
+        least.load += costs[row];
     }
-    for (auto& of_rank : rows)
-        std::sort(of_rank.begin(), of_rank.end());
+    even_out(shares, costs);
+    std::vector<std::vector<std::size_t>> rows;
+    for (Share& share : shares) {
+        std::sort(share.rows.begin(), share.rows.end());
+        rows.push_back(std::move(share.rows));
+    }
     return rows;
 }
 

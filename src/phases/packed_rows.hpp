@@ -28,12 +28,19 @@ struct PackedRow {
     std::vector<Branch> branches;
     std::array<std::int32_t, candidates_per_row> branch_of{-1, -1, -1}; ///< by Candidate; -1: not computed
 
-    std::int64_t tokens() const; ///< cost of the row
+    std::int64_t tokens() const;
+    std::int64_t scored_tokens() const;
+    /// Pairs of a query and a key that it sees, in all segments.
+    std::int64_t attention_pairs() const;
     std::int64_t scored_tokens(std::size_t branch) const
     {
         return static_cast<std::int64_t>(branches[branch].tokens.size()) - branches[branch].unscored;
     }
 };
+
+/// What computing the row costs, in thousands of multiply-adds: with backward the forward pass, the gradients of inputs and
+/// weights, and the head's logits once more.
+std::int64_t work_of(const PackedRow& row, const DecoderConfig& config, bool with_backward);
 
 /// Which answers of a row are computed, by Candidate.
 using WantedCandidates = std::array<bool, candidates_per_row>;
@@ -56,7 +63,8 @@ std::vector<std::size_t> microbatch_ends(std::span<const std::int64_t> costs, st
 
 /**
  * @brief Deals the rows of one global batch to ranks by their cost: largest first to the least loaded rank (ties: lower
- * row index, lower rank). A function of the costs and the number of ranks alone.
+ * row index, lower rank); then rows leave the most loaded rank, or change places with smaller ones, as long as that
+ * lowers the larger of two loads. A function of the costs and the number of ranks alone.
  * @return rows of each rank, ascending.
  */
 std::vector<std::vector<std::size_t>> balance_rows(std::span<const std::int64_t> costs, int ranks);

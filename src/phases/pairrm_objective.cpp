@@ -58,7 +58,7 @@ class PairRmObjective final : public TrainingObjective {
     }
 
     std::int64_t rows() const override { return range_.end - range_.begin; }
-    std::int64_t cost(std::int64_t row) const override { return costs_[static_cast<std::size_t>(row)]; }
+    std::int64_t cost(std::int64_t row) const override { return costs_[static_cast<std::size_t>(row)].tokens; }
     std::string row_name(std::int64_t row) const override
     {
         return cat(range_.begin + row, " (prompt_id \"", prefs_->id(range_.begin + row), "\")");
@@ -160,12 +160,13 @@ class PairRmObjective final : public TrainingObjective {
         write_ranker_files(options_.policy, directory, config_, tokens_, tokenizer_, saved_dtype());
     }
 
-    void set_costs(std::vector<std::int64_t> costs) { costs_ = std::move(costs); }
-    std::int64_t measure(std::int64_t row) const
+    void set_costs(std::vector<RowCost> costs) { costs_ = std::move(costs); }
+    RowCost measure(std::int64_t row) const
     {
         const PairEncoder::Row parts = encode(row);
-        return static_cast<std::int64_t>(parts.source.size() + parts.candidates[chosen]->size() +
-                                         parts.candidates[rejected]->size());
+        const auto tokens = static_cast<std::int64_t>(parts.source.size() + parts.candidates[chosen]->size() +
+                                                      parts.candidates[rejected]->size());
+        return {tokens, tokens};
     }
 
   private:
@@ -225,7 +226,7 @@ class PairRmObjective final : public TrainingObjective {
     std::unique_ptr<Engine> engine_;
     std::unique_ptr<PairWeights> weights_;
     std::unique_ptr<PairModel> model_;
-    std::vector<std::int64_t> costs_;
+    std::vector<RowCost> costs_;
     std::int64_t epoch_ = 0;
 };
 

@@ -29,7 +29,9 @@ namespace {
 
 using Scores = std::array<double, candidates_per_row>;
 constexpr double no_candidate = std::numeric_limits<double>::quiet_NaN();
-constexpr std::int64_t rows_at_a_time = 4;
+constexpr std::int64_t most_rows_at_a_time = 4;
+/// Text that keeps the matrix kernels busy (some 500 tokens): a ranker sees rows up to here, not more, so that ranks end together.
+constexpr std::int64_t enough_bytes = 2048;
 constexpr const char* rule_of_held_out = "none";
 
 double seconds_since(std::chrono::steady_clock::time_point start)
@@ -126,7 +128,12 @@ RankRow read_row(const IterationReader& file, std::int64_t position, bool genera
 
 /// Blocks of `block` rows in file order that have a row to score, those with most text first, so that the last ones handed
 /// out are short.
-std::vector<std::int64_t> hand_out_order(const IterationReader& file, const Journal& journal, std::int64_t block)
+struct HandOut {
+    std::vector<std::int64_t> blocks;
+    std::int64_t at_a_time = 1; ///< blocks that a ranker sees together
+};
+
+HandOut hand_out(const IterationReader& file, const Journal& journal, std::int64_t block)
 {
     std::vector<std::int64_t> bytes(static_cast<std::size_t>((file.rows() + block - 1) / block));
     std::vector<bool> open(bytes.size());
@@ -136,14 +143,19 @@ std::vector<std::int64_t> hand_out_order(const IterationReader& file, const Jour
         bytes[b] += file.message_bytes(i) + file.answer_bytes(i, Candidate::generated) + file.answer_bytes(i, Candidate::chosen) +
                     file.answer_bytes(i, Candidate::rejected);
     }
-    std::vector<std::int64_t> blocks;
+    HandOut out;
+    std::int64_t total = 1;
     for (std::size_t b = 0; b < open.size(); ++b)
-        if (open[b])
-            blocks.push_back(static_cast<std::int64_t>(b));
-    std::stable_sort(blocks.begin(), blocks.end(), [&](std::int64_t a, std::int64_t b) {
+        if (open[b]) {
+            out.blocks.push_back(static_cast<std::int64_t>(b));
+            total += bytes[b];
+        }
+    std::stable_sort(out.blocks.begin(), out.blocks.end(), [&](std::int64_t a, std::int64_t b) {
         return bytes[static_cast<std::size_t>(a)] > bytes[static_cast<std::size_t>(b)];
     });
-    return blocks;
+    const auto count = static_cast<std::int64_t>(out.blocks.size());
+    out.at_a_time = block > 1 ? 1 : std::clamp<std::int64_t>(enough_bytes * count / total, 1, most_rows_at_a_time);
+    return out;
 }
 
 std::string journal_of(const RankOptions& options, const std::string& ranker)
@@ -167,9 +179,10 @@ class RankerPass {
         for (const Journal::Record& record : journal_.recovered())
             mine_.push_back(decode(record));
         const auto start = std::chrono::steady_clock::now();
-        WorkQueue queue(comm_, hand_out_order(file_, journal_, block_),
-                        {.tag = 1, .initial_per_rank = 1, .prefetch = block_ > 1 ? 1 : rows_at_a_time});
-        run_queue(comm_, queue, "ranking rows", [&](WorkQueue& work) { score_rows(work, start); });
+        const HandOut order = hand_out(file_, journal_, block_);
+        WorkQueue queue(comm_, order.blocks, {.tag = 1, .initial_per_rank = 1, .prefetch = order.at_a_time});
+        run_queue(comm_, queue, "ranking rows",
+                  [&](WorkQueue& work) { score_rows(work, static_cast<std::size_t>(order.at_a_time), start); });
         journal_.sync();
         timing.rows += scored_;
         timing.idle_s += queue.idle_s();
@@ -182,10 +195,11 @@ class RankerPass {
     void remove_journal() { journal_.remove(); }
 
   private:
-    void score_rows(WorkQueue& work, std::chrono::steady_clock::time_point start)
+    void score_rows(WorkQueue& work, std::size_t at_a_time, std::chrono::steady_clock::time_point start)
     {
         double next_line_s = 10;
-        const std::size_t at_a_time = block_ > 1 ? 1 : rows_at_a_time;
+        if (loaded_.model)
+            loaded_.model->set_between_layers([&work] { work.poll(); });
         for (bool finished = false; !finished;) {
             std::vector<std::int64_t> blocks;
             while (blocks.size() < at_a_time) {
@@ -210,6 +224,8 @@ class RankerPass {
                 next_line_s += 10;
             }
         }
+        if (loaded_.model)
+            loaded_.model->set_between_layers({});
     }
 
     /// One block, or several of one row each: what the ranker may see together.

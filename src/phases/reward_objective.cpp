@@ -134,7 +134,7 @@ class RewardModelObjective final : public DecoderObjective {
                 {"rewards/accuracies", sums.mean(StepSums::accuracy)},
                 {"rewards/margins", sums.mean(StepSums::margin)}};
     }
-    std::int64_t measure(std::int64_t row) const { return rows_.encode(encoder_, row).tokens(); }
+    RowCost measure(std::int64_t row) const { return cost_of(rows_.encode(encoder_, row)); }
 
   private:
     std::vector<double> scores_of(const std::vector<float>& h, const float* w) const

@@ -14,15 +14,16 @@ namespace {
 constexpr std::size_t lanes = 8;
 constexpr std::size_t block = 256;
 
-/// exp(x) for x <= 0 within 2 units in the last place, NaN kept; below -87 the value at -87 (1.6e-38). Written so that
-/// compilers vectorise loops over it without relaxed floating-point rules: round to an integer power of two by adding
-/// 1.5 * 2^23, then a polynomial on [-ln2/2, ln2/2].
+constexpr float lowest = -87; ///< exp of it is 1.6e-38
+
+/// exp(x) for lowest <= x <= 0 within 2 units in the last place, NaN kept. Written so that compilers vectorise loops over it
+/// without relaxed floating-point rules: round to an integer power of two by adding 1.5 * 2^23, then a polynomial on
+/// [-ln2/2, ln2/2].
 inline float exp_of_negative(float x)
 {
     constexpr float log2_e = 1.44269504088896341F;
     constexpr float ln2_high = 0.693359375F, ln2_low = -2.12194440e-4F;
     constexpr float magic = 12582912.0F;
-    x = x < -87.0F ? -87.0F : x;
     const float shifted = x * log2_e + magic;
     const float n = shifted - magic;
     const float r = (x - n * ln2_high) - n * ln2_low;
@@ -46,8 +47,13 @@ double exponentials(std::span<const float> x, float largest, float scale, float*
     for (std::size_t begin = 0; begin < x.size(); begin += block) {
         const std::size_t count = std::min(block, x.size() - begin);
         float* terms = out != nullptr ? out + begin : buffer.data();
+        // In a loop of its own: in one with the polynomial compilers make a branch of the bound, and no vector code.
+        for (std::size_t i = 0; i < count; ++i) {
+            const float value = (x[begin + i] - largest) * scale;
+            terms[i] = value < lowest ? lowest : value;
+        }
         for (std::size_t i = 0; i < count; ++i)
-            terms[i] = exp_of_negative((x[begin + i] - largest) * scale);
+            terms[i] = exp_of_negative(terms[i]);
         std::size_t i = 0;
         for (; i + lanes <= count; i += lanes) {
             for (std::size_t lane = 0; lane < lanes; ++lane)

@@ -210,21 +210,18 @@ double by_iteration(const std::vector<double>& values, std::int64_t iteration)
     return values[std::min(static_cast<std::size_t>(iteration), values.size()) - 1];
 }
 
-std::vector<std::int64_t> gather_costs(std::int64_t rows, Communicator& comm,
-                                       const std::function<std::int64_t(std::int64_t)>& cost)
+std::vector<RowCost> gather_costs(std::int64_t rows, Communicator& comm, const std::function<RowCost(std::int64_t)>& cost)
 {
-    std::vector<std::int64_t> mine;
+    std::vector<RowCost> mine;
     agree(comm, "lengths of the rows", [&] {
         for (std::int64_t row = comm.rank(); row < rows; row += comm.size())
             mine.push_back(cost(row));
     });
-    std::vector<std::int64_t> costs(static_cast<std::size_t>(rows));
-    const auto parts =
-        comm.all_gather_ragged(std::as_bytes(std::span<const std::int64_t>(mine)), "lengths of the rows");
+    std::vector<RowCost> costs(static_cast<std::size_t>(rows));
+    const auto parts = comm.all_gather_ragged(std::as_bytes(std::span<const RowCost>(mine)), "lengths of the rows");
     for (std::size_t rank = 0; rank < parts.size(); ++rank)
-        for (std::size_t i = 0; i < parts[rank].size() / sizeof(std::int64_t); ++i)
-            std::memcpy(&costs[rank + i * parts.size()], parts[rank].data() + i * sizeof(std::int64_t),
-                        sizeof(std::int64_t));
+        for (std::size_t i = 0; i < parts[rank].size() / sizeof(RowCost); ++i)
+            std::memcpy(&costs[rank + i * parts.size()], parts[rank].data() + i * sizeof(RowCost), sizeof(RowCost));
     return costs;
 }
 
@@ -264,7 +261,7 @@ SelmObjectiveParts make_selm_objective(const TrainOptions& options, Communicator
     objective->encoder().check_lengths(
         objective->reader(), [&](std::int64_t row) { return objective->pair(row); }, comm);
     objective->set_costs(gather_costs(objective->rows(), comm, [&](std::int64_t row) {
-        return objective->encoder().encode(objective->reader(), row, objective->pair(row)).tokens();
+        return objective->cost_of(objective->encoder().encode(objective->reader(), row, objective->pair(row)));
     }));
     parts.objective = std::move(objective);
     return parts;

@@ -26,7 +26,6 @@ SelmObjectiveParts make_selm_objective(const TrainOptions& options, Communicator
 double by_iteration(const std::vector<double>& values, std::int64_t iteration);
 
 /// cost(row) of all rows [0, rows), the same on every rank: rank r evaluates rows r, r + np, ... Collective.
-std::vector<std::int64_t> gather_costs(std::int64_t rows, Communicator& comm,
-                                       const std::function<std::int64_t(std::int64_t)>& cost);
+std::vector<RowCost> gather_costs(std::int64_t rows, Communicator& comm, const std::function<RowCost(std::int64_t)>& cost);
 
 } // namespace selm

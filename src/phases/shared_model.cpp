@@ -24,6 +24,30 @@ EngineOptions engine_options(const CommonOptions& options)
             .activation = parse_dtype(options.dtype)};
 }
 
+/// Resident weights that let something else happen before each layer.
+class InterleavedWeights final : public WeightStore {
+  public:
+    explicit InterleavedWeights(WeightStore& weights) : weights_(weights) {}
+
+    const LayerWeights& layer(std::int64_t index, WeightUse use) override
+    {
+        if (between_layers)
+            between_layers();
+        return weights_.layer(index, use);
+    }
+    void release(std::int64_t index) override { weights_.release(index); }
+    const Tensor& embedding() override { return weights_.embedding(); }
+    void release_embedding() override { weights_.release_embedding(); }
+    const Tensor& final_norm() override { return weights_.final_norm(); }
+    const PackedWeight& head(WeightUse use) override { return weights_.head(use); }
+    void release_head() override { weights_.release_head(); }
+
+    std::function<void()> between_layers;
+
+  private:
+    WeightStore& weights_;
+};
+
 } // namespace
 
 // Members in the order of dependence: destruction runs from the decoder back to the node's communicator.
@@ -37,6 +61,7 @@ struct SharedModel::Impl {
     std::unique_ptr<Engine> engine;
     std::unique_ptr<SafetensorsReader> reader;
     std::unique_ptr<ResidentWeights> weights;
+    std::unique_ptr<InterleavedWeights> interleaved;
     std::unique_ptr<Decoder> decoder;
 };
 
@@ -74,7 +99,8 @@ std::unique_ptr<SharedModel> SharedModel::from_directory(const std::string& dire
         const ResidentWeights::Options weights{
             .dtype = m.dtype, .with_backward = false, .part = m.node->rank(), .parts = m.node->size()};
         m.weights = std::make_unique<ResidentWeights>(m.config, *m.engine, *m.reader, weights, memory);
-        m.decoder = std::make_unique<Decoder>(m.config, *m.engine, *m.weights);
+        m.interleaved = std::make_unique<InterleavedWeights>(*m.weights);
+        m.decoder = std::make_unique<Decoder>(m.config, *m.engine, *m.interleaved);
     });
     m.memory->fence();
 
@@ -106,6 +132,10 @@ Decoder& SharedModel::decoder() const
 WeightStore& SharedModel::weights() const
 {
     return *impl_->weights;
+}
+void SharedModel::set_between_layers(std::function<void()> work)
+{
+    impl_->interleaved->between_layers = std::move(work);
 }
 const std::string& SharedModel::digest() const
 {

@@ -165,18 +165,18 @@ std::vector<std::int64_t> TrainingLoop::batch_rows(std::int64_t epoch, std::int6
 /// and 1 reduce; at stages 2 and 3 every pass communicates, so all ranks make as many as the one with the most.
 void TrainingLoop::accumulate(Step& step, std::vector<std::int64_t>& bad_rows)
 {
-    std::vector<std::int64_t> costs;
+    std::vector<std::int64_t> work;
     for (const std::int64_t row : step.rows)
-        costs.push_back(objective_.cost(row));
+        work.push_back(objective_.work(row));
     std::vector<std::int64_t> rows;
     std::vector<std::size_t> ends;
     std::size_t passes = 1;
-    const auto of_ranks = balance_rows(costs, comm_.size());
+    const auto of_ranks = balance_rows(work, comm_.size());
     for (std::size_t rank = 0; rank < of_ranks.size(); ++rank) {
-        std::vector<std::int64_t> row_costs;
+        std::vector<std::int64_t> tokens;
         for (const std::size_t i : of_ranks[rank])
-            row_costs.push_back(costs[i]);
-        auto of_rank = microbatch_ends(row_costs, options_.tokens_per_microbatch);
+            tokens.push_back(objective_.cost(step.rows[i]));
+        auto of_rank = microbatch_ends(tokens, options_.tokens_per_microbatch);
         const bool mine = rank == static_cast<std::size_t>(comm_.rank());
         if (mine || options_.zero >= 2)
             passes = std::max(passes, of_rank.size());

@@ -43,6 +43,11 @@ struct StepSums {
     double mean(Sum sum) const { return values[sum] / values[rows]; }
 };
 
+struct RowCost {
+    std::int64_t tokens = 0;
+    std::int64_t work = 0; ///< what the row's pass takes, in units of the objective
+};
+
 /**
  * @brief What is trained: rows, a loss of a row and its gradient. The loop around it (batches, optimizer, checkpoints,
  * metrics) is the same for all.
@@ -56,6 +61,8 @@ class TrainingObjective {
     virtual std::int64_t rows() const = 0;
     virtual std::int64_t
     cost(std::int64_t row) const = 0; ///< tokens that the row is computed with; the same on every rank
+    /// What the row's pass takes, in units of its own: by this a batch is dealt to the ranks. The same on every rank.
+    virtual std::int64_t work(std::int64_t row) const { return cost(row); }
     virtual std::string row_name(std::int64_t row) const = 0; ///< for messages
     virtual std::vector<ParameterSpec> parameters() const = 0;
     /// Ends of groups of parameters that are used together; empty: one group. See FlatLayoutOptions::group_ends.

@@ -53,7 +53,10 @@ class ContinuousBatch {
     ContinuousBatch(const Options& options, Step step);
 
     std::int64_t free_slots() const;
-    bool empty() const;                 ///< no row in flight
+    bool empty() const; ///< no row in flight
+    /// A slot is free and the prompts in flight do not fill the next step. Rows that are taken only then stay with those
+    /// who can read them soonest: ranks that are ahead take more.
+    bool wants_row() const;
     void add(const GenerationRow& row); ///< needs a free slot
     /// One model step (nothing when empty); answers that it finished, in order of slots.
     std::vector<SampledAnswer> step();

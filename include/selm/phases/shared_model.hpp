@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 
@@ -36,6 +37,9 @@ class SharedModel {
     Engine& engine() const;
     Decoder& decoder() const;
     WeightStore& weights() const;
+    /// `work` is called before every layer of the decoder's passes from now on (none: empty), so that messages of others do
+    /// not wait for a whole pass. It may not use the decoder.
+    void set_between_layers(std::function<void()> work);
     /// model_digest(directory()), computed on rank 0.
     const std::string& digest() const;
     /// "NAME DTYPE": what a journal or a result is bound to besides the weights.

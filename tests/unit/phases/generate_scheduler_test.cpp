@@ -197,6 +197,36 @@ TEST(ContinuousBatch, DecodingGoesOnWhileAPromptIsRead)
     EXPECT_TRUE(batch.step().empty());
 }
 
+TEST(ContinuousBatch, WantsRowsForTheNextStepOnly)
+{
+    const std::vector<std::int32_t> brief(30, 1), lengthy(150, 5);
+    FakeModel model(8);
+    auto options = batch_options(8, 0);
+    options.prefill_tokens = 128;
+    options.end_tokens = {vocabulary}; // never
+    ContinuousBatch batch(options, [&](std::span<const DecodeWork> work) { return model.step(work); });
+    EXPECT_TRUE(batch.wants_row());
+    batch.add({.row = 0, .prompt = lengthy, .max_new_tokens = 3}); // three tiles, a step reads two
+    EXPECT_FALSE(batch.wants_row());
+    batch.step();
+    EXPECT_TRUE(batch.wants_row()); // one tile is left
+    batch.add({.row = 1, .prompt = brief, .max_new_tokens = 1});
+    EXPECT_FALSE(batch.wants_row());
+    batch.step();
+    EXPECT_TRUE(batch.wants_row());
+    for (std::int64_t row = 2; batch.free_slots() > 0; ++row)
+        batch.add({.row = row, .prompt = brief, .max_new_tokens = 9}); // seven of them
+    std::int64_t steps = 0;
+    for (; !batch.wants_row(); ++steps)
+        batch.step();
+    EXPECT_EQ(steps, 3);              // six prompts are read
+    EXPECT_EQ(batch.free_slots(), 1); // row 0 has its three tokens
+    batch.add({.row = 99, .prompt = brief, .max_new_tokens = 9});
+    EXPECT_FALSE(batch.wants_row()); // no slot is free
+    batch.step();
+    EXPECT_FALSE(batch.wants_row());
+}
+
 TEST(ContinuousBatch, NamesTheRowWhoseLogitsAreNotFinite)
 {
     std::vector<float> logits(vocabulary, std::numeric_limits<float>::quiet_NaN());

@@ -124,11 +124,52 @@ TEST_P(BalanceRows, EveryRowHasOneRankAndTokensAreEven)
             loads.push_back(load);
         }
         EXPECT_TRUE(std::all_of(seen.begin(), seen.end(), [](int count) { return count == 1; }));
-        // Greedy by size: no load exceeds another by more than the largest row.
+        // Greedy by size, then evened out: no load exceeds another by more than the largest row.
         const auto [least, most] = std::minmax_element(loads.begin(), loads.end());
         EXPECT_LE(*most - *least, *std::max_element(costs.begin(), costs.end()));
         EXPECT_EQ(dealt, balance_rows(costs, ranks));
     }
+}
+
+TEST(BalanceRowsOfOneBatch, ExchangesRowsWhereGreedyIsUneven)
+{
+    const auto loads = [](const std::vector<std::int64_t>& costs, int ranks) {
+        std::vector<std::int64_t> out;
+        for (const auto& rows : balance_rows(costs, ranks)) {
+            out.push_back(0);
+            for (const std::size_t row : rows)
+                out.back() += costs[row];
+        }
+        std::sort(out.begin(), out.end());
+        return out;
+    };
+    using Loads = std::vector<std::int64_t>;
+    EXPECT_EQ(loads({7, 6, 5, 4, 4, 3}, 2), (Loads{14, 15}));
+    EXPECT_EQ(loads({80, 70, 60, 50, 45}, 2), (Loads{150, 155})); // greedy: 80+50+45 = 175 and 130
+    EXPECT_EQ(loads({30, 30, 20, 20, 20}, 2), (Loads{60, 60}));   // greedy: 30+20+20 and 30+20
+}
+
+TEST(WorkOfARow, CountsLayersHeadAndAttention)
+{
+    DecoderConfig config;
+    config.hidden = 100;
+    config.intermediate = 200;
+    config.layers = 10;
+    config.heads = 4;
+    config.kv_heads = 2;
+    config.head_dim = 25;
+    config.vocabulary = 5000;
+    PackedRow row;
+    row.trunk.assign(40, 1);
+    row.branches = {{std::vector<std::int32_t>(30, 2), 0}, {std::vector<std::int32_t>(20, 3), 5}};
+    EXPECT_EQ(row.tokens(), 90);
+    EXPECT_EQ(row.scored_tokens(), 45);
+    EXPECT_EQ(row.attention_pairs(), 40 * 41 / 2 + 30 * 31 / 2 + 30 * 40 + 20 * 21 / 2 + 20 * 40);
+    const std::int64_t layers = 10 * 100 * (200 + 100 + 600), head = 5000 * 100, pair = 10 * 4 * 25;
+    EXPECT_EQ(work_of(row, config, false), (90 * layers + 45 * head + 3 * row.attention_pairs() * pair) / 1000);
+    EXPECT_EQ(work_of(row, config, true), (3 * 90 * layers + 4 * 45 * head + 10 * row.attention_pairs() * pair) / 1000);
+    config.sequence_classifier = true;
+    EXPECT_EQ(work_of(row, config, false), (90 * layers + 3 * row.attention_pairs() * pair) / 1000);
 }
 
 INSTANTIATE_TEST_SUITE_P(Ranks, BalanceRows, ::testing::Values(1, 2, 3, 8, 512, 4096));
