@@ -98,7 +98,7 @@ PartitionName=test Nodes=ALL Default=YES DefaultTime=10 MaxTime=INFINITE
 CONF
 if [ -n "${SELM_CLUSTER_ACCOUNTING:-}" ]; then
     sed -i 's,accounting_storage/none,accounting_storage/slurmdbd,; s/^MinJobAge=.*/MinJobAge=20/' $SLURM_CONF
-    echo "AccountingStorageHost=control" >>$SLURM_CONF
+    printf "AccountingStorageHost=control\nAccountingStoragePass=%s/munge\n" $SELM_CLUSTER >>$SLURM_CONF # its socket
 fi
 echo "CgroupPlugin=cgroup/v1" >$SELM_CLUSTER/cgroup.conf
 {
