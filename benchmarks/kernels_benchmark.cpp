@@ -42,17 +42,35 @@ void report(benchmark::State& state, double flop)
 
 enum class Pass { forward, backward_input, backward_weight };
 
+/// Weights of one shape, so many that none is in a cache (of 32 MiB) when its turn comes again, as in a model's layers.
+std::vector<PackedWeight> cold_weights(Engine& e, std::int64_t outputs, std::int64_t inputs, bool is_bf16,
+                                       bool with_backward)
+{
+    constexpr std::int64_t cold_bytes = 96 << 20;
+    const Tensor weight = random_tensor(e, outputs, inputs);
+    if (is_bf16)
+        round_to_bf16({weight.f32(), static_cast<std::size_t>(outputs * inputs)});
+    std::vector<PackedWeight> out;
+    const std::int64_t bytes = outputs * inputs * (is_bf16 ? 2 : 4);
+    for (std::int64_t total = 0; total < cold_bytes; total += bytes)
+        out.push_back(e.pack(weight, with_backward, {}, false));
+    return out;
+}
+
+/// flops, and bytes of weights (or of their gradient, read and written) per second.
 void linear(benchmark::State& state, bool is_xsmm, Pass pass, bool is_bf16 = false)
 {
     Engine& e = *engine(is_xsmm);
     const std::int64_t outputs = state.range(0), inputs = state.range(1), tokens = state.range(2);
-    const Tensor weight = random_tensor(e, outputs, inputs);
-    if (is_bf16)
-        round_to_bf16({weight.f32(), static_cast<std::size_t>(outputs * inputs)});
-    const PackedWeight w = e.pack(weight, pass == Pass::backward_input, {}, false);
+    const bool is_dw = pass == Pass::backward_weight;
+    const std::vector<PackedWeight> weights =
+        is_dw ? std::vector<PackedWeight>(1) : cold_weights(e, outputs, inputs, is_bf16, pass == Pass::backward_input);
     const Tensor x = random_tensor(e, tokens, inputs), y = random_tensor(e, tokens, outputs);
-    const Tensor dw = random_tensor(e, pass == Pass::backward_weight ? outputs : 1, inputs);
+    const Tensor dw = random_tensor(e, is_dw ? outputs : 1, inputs);
+    std::size_t turn = 0;
     for (auto _ : state) {
+        const PackedWeight& w = weights[turn];
+        turn = (turn + 1) % weights.size();
         if (pass == Pass::forward)
             e.linear(x, w, y);
         else if (pass == Pass::backward_input)
@@ -61,6 +79,8 @@ void linear(benchmark::State& state, bool is_xsmm, Pass pass, bool is_bf16 = fal
             e.linear_backward_weight(y, x, dw);
     }
     report(state, 2.0 * static_cast<double>(outputs * inputs * tokens));
+    const double bytes = static_cast<double>(outputs * inputs) * (is_dw ? 8 : is_bf16 ? 2 : 4);
+    state.counters["bytes"] = benchmark::Counter(bytes, benchmark::Counter::kIsIterationInvariantRate);
 }
 
 void attention(benchmark::State& state, bool is_xsmm, bool is_backward)
@@ -150,17 +170,23 @@ void adamw(benchmark::State& state)
     state.SetBytesProcessed(state.iterations() * state.range(0) * 32);
 }
 
+/// Of the layers and the head of SmolLM2-135M: a few rows (decoding), then many (prefill).
 void layer_shapes(benchmark::internal::Benchmark* b)
 {
-    for (const auto& [outputs, inputs] : {std::pair<int, int>{960, 576}, {3072, 576}, {576, 1536}})
-        for (const int tokens : {1, 16, 512})
+    for (const auto& [outputs, inputs] :
+         {std::pair<int, int>{960, 576}, {576, 576}, {3072, 576}, {576, 1536}, {49152, 576}})
+        for (const int tokens : {1, 2, 4, 8, 16, 64})
             b->Args({outputs, inputs, tokens});
-    b->Args({49152, 576, 1})->Args({49152, 576, 16});
 }
 
+/// SmolLM2-135M's and DeBERTa-v3-large's.
 void training_shapes(benchmark::internal::Benchmark* b)
 {
-    b->Args({960, 576, 1583})->Args({3072, 576, 1583})->Args({576, 1536, 1583});
+    for (const auto& [outputs, inputs] : {std::pair<int, int>{960, 576}, {576, 576}, {3072, 576}, {576, 1536}})
+        for (const int tokens : {128, 1583})
+            b->Args({outputs, inputs, tokens});
+    for (const auto& [outputs, inputs] : {std::pair<int, int>{1024, 1024}, {4096, 1024}, {1024, 4096}})
+        b->Args({outputs, inputs, 900});
 }
 
 void register_engine(const char* name, bool is_xsmm)

@@ -4,6 +4,7 @@
 
 #include <libxsmm_version.h>
 
+#include "avx2_gemm.hpp"
 #include "elementwise.hpp"
 #include "engines.hpp"
 #include "selm/base/error.hpp"
@@ -17,10 +18,18 @@ std::unique_ptr<Engine> make_xsmm_engine(const EngineOptions&)
 
 namespace xsmm {
 
+XsmmEngine::XsmmEngine(Products products)
+    : uses_avx2_(products == Products::automatic && !kernels_.has_avx512() && avx2::is_supported())
+{
+    SELM_EXPECT(!uses_avx2_ || kernels_.panel_width() == avx2::panel_width);
+}
+
 std::string XsmmEngine::description() const
 {
     std::string text = cat("xsmm (LIBXSMM ", LIBXSMM_CONFIG_VERSION, ", ", kernels_.target(), ", f32, panels of ",
                            kernels_.panel_width());
+    if (uses_avx2_)
+        text += ", own AVX2 kernels for linear layers";
     if (kernels_.plain_loops() > 0)
         text += cat(", plain loops for ", kernels_.plain_loops(), " shapes");
     return text + ")";

@@ -13,7 +13,8 @@
 namespace selm::xsmm {
 
 /**
- * @brief Engine for x86 CPUs: LIBXSMM kernels on weights packed in panels, f32 throughout, one thread.
+ * @brief Engine for x86 CPUs: small matrix kernels on weights packed in panels, f32 throughout, one thread. The kernels are
+ * LIBXSMM's; products with weights use those of avx2_gemm.hpp on CPUs without AVX-512.
  *
  * Panels: forward [ceil(N/nb)][K][nb] with outputs innermost, backward [ceil(K/nb)][N][nb] with inputs innermost; nb is
  * the kernels' panel width and the last panel is padded with zeros. Panels are f32, but forward panels of weights
@@ -23,7 +24,9 @@ namespace selm::xsmm {
  */
 class XsmmEngine final : public Engine {
   public:
-    XsmmEngine() = default;
+    /// Which kernels multiply panels: LIBXSMM's where it has AVX-512 code, else those of avx2_gemm.hpp.
+    enum class Products { automatic, libxsmm };
+    explicit XsmmEngine(Products products = Products::automatic);
 
     std::string name() const override { return "xsmm"; }
     std::string description() const override;
@@ -108,12 +111,15 @@ class XsmmEngine final : public Engine {
         const float* x = nullptr;
         std::int64_t x_stride = 0, rows = 0, inputs = 0, outputs = 0;
         Panels panels;
+        std::int64_t panel_elements = 0; ///< from one panel to the next; 0: inputs times the panels' width
         float* y = nullptr;
         std::int64_t y_stride = 0;
         const float* bias = nullptr; ///< [outputs], added to each row unless null; not with accumulate
         bool accumulate = false;
     };
     void multiply(const PanelProduct& product);
+    static void multiply_block(const PanelProduct& product, std::int64_t row, std::int64_t rows, std::int64_t output);
+    void multiply_libxsmm(const PanelProduct& product);
     void multiply_linear(const Tensor& x_TK, const PackedWeight& w, const Tensor& y_TN, const float* bias,
                          bool accumulate);
 
@@ -182,11 +188,9 @@ class XsmmEngine final : public Engine {
     /// Logits of some rows for some vocabulary columns; the tile's row stride is that of a whole tile.
     void multiply_head_tile(const Tensor& h_RH, const PackedWeight& head, std::int64_t row, std::int64_t rows,
                             std::int64_t column, std::int64_t columns, float* tile);
-    /// dh = (first slice of the vocabulary) or += d_logits times the weights of the slice.
-    void add_head_input_gradient(const PackedWeight& head, const float* d_logits, std::int64_t column,
-                                 std::int64_t columns, const Tensor& dh_RH);
 
     GemmKernels kernels_;
+    bool uses_avx2_ = false; ///< panels are multiplied by the kernels of avx2_gemm.hpp, else by LIBXSMM's
     MemoryPool memory_;
     Scratch expanded_, x_panels_, dy_transposed_, score_tile_, output_tile_, keys_transposed_, backward_tiles_,
         decode_scores_, logit_tile_, logit_gradient_, relative_blocks_, contents_, values_transposed_,

@@ -56,6 +56,8 @@ class GemmKernels {
     std::int32_t panel_width() const { return panel_width_; }
     /// LIBXSMM's name of the instruction set in use, for example "hsw" (AVX2) or "cpx" (AVX-512 with bf16).
     const std::string& target() const { return target_; }
+    /// Whether the compiled kernels have 512-bit vectors.
+    bool has_avx512() const { return panel_width_ == 64; }
     /// Shapes for which a plain loop runs instead of compiled code.
     std::int64_t plain_loops() const { return plain_loops_; }
     /// Measured once at construction: are the bits of a row of C independent of how many rows the call has?

@@ -154,7 +154,16 @@ void XsmmEngine::head_log_probs_backward(const Tensor& h_RH, const PackedWeight&
             const std::int64_t columns = std::min(columns_per_tile, vocabulary - column);
             multiply_head_tile(h_RH, head, sweep, count, column, columns, tile);
             differentiate_tile(tile, column, columns, row_span(targets), row_span(lse), row_span(g));
-            add_head_input_gradient(head, tile, column, columns, dh_RH.slice_rows(sweep, count));
+            multiply({.x = tile,
+                      .x_stride = columns_per_tile,
+                      .rows = count,
+                      .inputs = columns,
+                      .outputs = inputs,
+                      .panels = {.f32 = head.backward.f32() + column * width, .bf16 = nullptr},
+                      .panel_elements = vocabulary * width,
+                      .y = dh_RH.row_f32(sweep),
+                      .y_stride = dh_RH.stride,
+                      .accumulate = column > 0});
             if (!wants_weight_gradient)
                 continue;
             simd::transpose(tile, columns_per_tile, count, columns, tile_transposed, count);
@@ -166,29 +175,6 @@ void XsmmEngine::head_log_probs_backward(const Tensor& h_RH, const PackedWeight&
                                  .x_panels = h_panels,
                                  .dw = dw_VH.row_f32(column),
                                  .dw_stride = dw_VH.stride});
-        }
-    }
-}
-
-void XsmmEngine::add_head_input_gradient(const PackedWeight& head, const float* d_logits, std::int64_t column,
-                                         std::int64_t columns, const Tensor& dh_RH)
-{
-    const std::int64_t width = kernels_.panel_width();
-    alignas(64) float sums[rows_per_call * most_panel_width];
-    for (std::int64_t input = 0; input < head.inputs; input += width) {
-        const std::int64_t inputs = std::min(width, head.inputs - input);
-        GemmShape shape{.m = narrow(inputs),
-                        .n = 0,
-                        .k = narrow(columns),
-                        .lda = narrow(width),
-                        .ldb = columns_per_tile,
-                        .ldc = narrow(width),
-                        .accumulate = false};
-        const float* const panel = head.backward.f32() + input * head.outputs + column * width;
-        for (std::int64_t row = 0; row < dh_RH.rows; row += rows_per_call) {
-            shape.n = narrow(std::min(rows_per_call, dh_RH.rows - row));
-            kernels_.find(shape)(panel, d_logits + row * columns_per_tile, sums);
-            place_tile(sums, width, shape.n, inputs, column > 0, dh_RH.row_f32(row) + input, dh_RH.stride);
         }
     }
 }

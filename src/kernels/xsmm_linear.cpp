@@ -1,6 +1,5 @@
 #include <algorithm>
 #include <bit>
-#include <cstring>
 
 #include "elementwise.hpp"
 #include "selm/base/error.hpp"
@@ -11,14 +10,8 @@
 namespace selm::xsmm {
 namespace {
 
-/// Rows of x per sweep over the panels, at most: a panel then serves several calls from the L2 cache.
-constexpr std::int64_t rows_per_sweep = 256;
-/// Inputs per kernel call, at most. Each call's sums are computed apart and then added (place_tile): the activations of
-/// real models have a few huge entries, and a long chain of sums loses the small products behind them. SmolLM2's training
-/// gradients are 1e-5 away from float64 with 64 inputs per call, and 5e-4 with 384.
-constexpr std::int64_t depth_per_call = 64;
-/// Tokens and outputs per block of a weight gradient, at most: a panel of x fills the L1 cache.
-constexpr std::int64_t tokens_per_block = 256, outputs_per_block = 256;
+/// Tokens per block of a weight gradient, at most.
+constexpr std::int64_t tokens_per_block = 256;
 
 std::int64_t panels_of(std::int64_t columns, std::int64_t width)
 {
@@ -63,17 +56,6 @@ void compress(const float* from, std::int64_t count, std::uint32_t* to)
         for (std::int64_t word = 0; word < 8; ++word)
             to[word] =
                 std::bit_cast<std::uint32_t>(from[i + word]) >> 16 | std::bit_cast<std::uint32_t>(from[i + word + 8]);
-}
-
-void expand(const std::uint32_t* from, std::int64_t count, float* to)
-{
-    for (std::int64_t i = 0; i < count; i += 16, from += 8) {
-        simd::Uint8 words;
-        std::memcpy(&words, from, sizeof words);
-        const simd::Uint8 low = words << 16, high = words & 0xffff0000u;
-        std::memcpy(to + i, &low, sizeof low);
-        std::memcpy(to + i + 8, &high, sizeof high);
-    }
 }
 
 } // namespace
@@ -145,52 +127,6 @@ XsmmEngine::Panels XsmmEngine::forward_panels(const PackedWeight& w)
     return {.f32 = nullptr, .bf16 = reinterpret_cast<const std::uint32_t*>(panels)};
 }
 
-void XsmmEngine::multiply(const PanelProduct& p)
-{
-    const std::int64_t width = kernels_.panel_width();
-    const std::int64_t sweep_rows = even_block(p.rows, rows_per_sweep, rows_per_call);
-    const std::int64_t depth = even_block(p.inputs, depth_per_call, 32); // of p.inputs alone: rows keep their bits
-    const bool is_bf16 = p.panels.bf16 != nullptr;
-    float* const expanded = is_bf16 ? expanded_.get(depth * width) : nullptr;
-    alignas(64) float tile[rows_per_call * most_panel_width];
-    SELM_EXPECT(width <= most_panel_width);
-    for (std::int64_t sweep = 0; sweep < p.rows; sweep += sweep_rows) {
-        const std::int64_t sweep_end = std::min(p.rows, sweep + sweep_rows);
-        for (std::int64_t output = 0; output < p.outputs; output += width) {
-            const std::int64_t outputs = std::min(width, p.outputs - output);
-            for (std::int64_t input = 0; input < p.inputs; input += depth) {
-                const std::int64_t count = std::min(depth, p.inputs - input);
-                const Panels slice = p.panels.from(output * p.inputs + input * width);
-                if (is_bf16)
-                    expand(slice.bf16, count * width, expanded);
-                const float* const panel = is_bf16 ? expanded : slice.f32;
-                const bool add = p.accumulate || input > 0, add_bias = p.bias != nullptr && input == 0;
-                GemmShape shape{.m = narrow(outputs),
-                                .n = 0,
-                                .k = narrow(count),
-                                .lda = narrow(width),
-                                .ldb = narrow(p.x_stride),
-                                .ldc = narrow(add || add_bias ? width : p.y_stride),
-                                .accumulate = false};
-                GemmKernel kernel;
-                for (std::int64_t row = sweep; row < sweep_end; row += rows_per_call) {
-                    const std::int32_t rows = narrow(std::min(rows_per_call, sweep_end - row));
-                    if (rows != shape.n) {
-                        shape.n = rows;
-                        kernel = kernels_.find(shape);
-                    }
-                    float* const y = p.y + row * p.y_stride + output;
-                    kernel(panel, p.x + row * p.x_stride + input, add || add_bias ? tile : y);
-                    if (add)
-                        place_tile(tile, width, rows, outputs, true, y, p.y_stride);
-                    else if (add_bias)
-                        place_tile_on(p.bias + output, tile, width, rows, outputs, y, p.y_stride);
-                }
-            }
-        }
-    }
-}
-
 void XsmmEngine::multiply_linear(const Tensor& x_TK, const PackedWeight& w, const Tensor& y_TN, const float* bias,
                                  bool accumulate)
 {
@@ -238,27 +174,6 @@ void XsmmEngine::linear_backward_input(const Tensor& dy_TN, const PackedWeight& 
               .y_stride = dx_TK.stride,
               .bias = nullptr,
               .accumulate = false});
-}
-
-void XsmmEngine::add_weight_gradient(const WeightGradient& g)
-{
-    const std::int64_t width = kernels_.panel_width();
-    for (std::int64_t block = 0; block < g.outputs; block += outputs_per_block) {
-        const std::int64_t block_end = std::min(g.outputs, block + outputs_per_block);
-        for (std::int64_t input = 0; input < g.inputs; input += width) {
-            for (std::int64_t output = block; output < block_end; output += rows_per_call) {
-                const GemmKernel kernel = kernels_.find({.m = narrow(std::min(width, g.inputs - input)),
-                                                         .n = narrow(std::min(rows_per_call, block_end - output)),
-                                                         .k = narrow(g.rows),
-                                                         .lda = narrow(width),
-                                                         .ldb = narrow(g.dy_stride),
-                                                         .ldc = narrow(g.dw_stride),
-                                                         .accumulate = true});
-                kernel(g.x_panels + input * g.rows, g.dy_transposed + output * g.dy_stride,
-                       g.dw + output * g.dw_stride + input);
-            }
-        }
-    }
 }
 
 void XsmmEngine::copy_to_column_panels(const float* from, std::int64_t from_stride, std::int64_t rows,

@@ -1,0 +1,167 @@
+#include <algorithm>
+#include <cstring>
+
+#include "avx2_gemm.hpp"
+#include "selm/base/error.hpp"
+#include "simd.hpp"
+#include "xsmm_blocks.hpp"
+#include "xsmm_engine.hpp"
+
+// Products of rows with panels: by the kernels of avx2_gemm.hpp, or by LIBXSMM's. Both take the same sums in the same order,
+// so that their results have the same bits. Weight gradients need no sums apart and few panels: LIBXSMM's kernels, which are
+// near the peak there, compute them on every CPU.
+namespace selm::xsmm {
+namespace {
+
+/// Inputs per slice, at most. Each slice's sums are computed apart and then added: the activations of real models have a few
+/// huge entries, and a long chain of sums loses the small products behind them. SmolLM2's training gradients are 1e-5 away
+/// from float64 with 64 inputs per slice, and 5e-4 with 384.
+constexpr std::int64_t depth_per_slice = 64;
+/// With the kernels of avx2_gemm.hpp: rows that share a slice of a panel, at most. Their sums and the slice fit the L1 cache,
+/// and a slice read from memory serves so many rows that arithmetic hides the reading.
+constexpr std::int64_t rows_per_block = 96;
+/// With LIBXSMM: rows of x per sweep over the panels, at most (a panel then serves several calls from the L2 cache), and
+/// outputs per block of a weight gradient.
+constexpr std::int64_t rows_per_sweep = 256, outputs_per_block = 256;
+
+void expand(const std::uint32_t* from, std::int64_t count, float* to)
+{
+    for (std::int64_t i = 0; i < count; i += 16, from += 8) {
+        simd::Uint8 words;
+        std::memcpy(&words, from, sizeof words);
+        const simd::Uint8 low = words << 16, high = words & 0xffff0000u;
+        std::memcpy(to + i, &low, sizeof low);
+        std::memcpy(to + i + 8, &high, sizeof high);
+    }
+}
+
+} // namespace
+
+void XsmmEngine::multiply(const PanelProduct& p)
+{
+    if (!uses_avx2_) {
+        multiply_libxsmm(p);
+        return;
+    }
+    const std::int64_t block_rows = even_block(p.rows, rows_per_block, 6);
+    for (std::int64_t row = 0; row < p.rows; row += block_rows)
+        for (std::int64_t output = 0; output < p.outputs; output += avx2::panel_width)
+            multiply_block(p, row, std::min(block_rows, p.rows - row), output);
+}
+
+/// Slice by slice of the inputs: the slice, the sums of the block and its part of x stay in the caches.
+void XsmmEngine::multiply_block(const PanelProduct& p, std::int64_t row, std::int64_t rows, std::int64_t output)
+{
+    constexpr std::int64_t width = avx2::panel_width;
+    alignas(64) float sums[rows_per_block * width], bias[width] = {};
+    const std::int64_t depth = even_block(p.inputs, depth_per_slice, 32); // of p.inputs alone: rows keep their bits
+    const std::int64_t outputs = std::min(width, p.outputs - output);
+    const std::int64_t panel_elements = p.panel_elements == 0 ? p.inputs * width : p.panel_elements;
+    const Panels panel = p.panels.from(output / width * panel_elements);
+    float* const y = p.y + row * p.y_stride + output;
+    // Kernels read and write whole rows of a panel's width: the last columns go by way of the sums.
+    const bool is_whole = outputs == width;
+    const float* before = is_whole ? y : sums;
+    std::int64_t before_stride = is_whole ? p.y_stride : width;
+    if (p.bias != nullptr) {
+        std::copy(p.bias + output, p.bias + output + outputs, bias);
+        before = bias;
+        before_stride = 0;
+    } else if (!p.accumulate) {
+        before = nullptr;
+    } else if (!is_whole) {
+        std::fill(sums, sums + rows * width, 0.0f);
+        place_tile(y, p.y_stride, rows, outputs, false, sums, width);
+    }
+    for (std::int64_t input = 0; input < p.inputs; input += depth) {
+        const Panels slice = panel.from(input * width);
+        const Panels next = panel.from(input + depth < p.inputs ? (input + depth) * width : panel_elements);
+        avx2::PanelTile tile{.panel = slice.f32,
+                             .bf16_panel = slice.bf16,
+                             .x = p.x + row * p.x_stride + input,
+                             .x_stride = p.x_stride,
+                             .rows = rows,
+                             .depth = std::min(depth, p.inputs - input),
+                             .add = before,
+                             .add_stride = before_stride,
+                             .next_panel = next.f32 != nullptr ? static_cast<const void*>(next.f32) : next.bf16};
+        const bool to_y = is_whole && input + tile.depth == p.inputs;
+        tile.out = to_y ? y : sums;
+        tile.out_stride = to_y ? p.y_stride : width;
+        avx2::multiply(tile);
+        before = sums;
+        before_stride = width;
+    }
+    if (!is_whole)
+        place_tile(sums, width, rows, outputs, false, y, p.y_stride);
+}
+
+void XsmmEngine::multiply_libxsmm(const PanelProduct& p)
+{
+    const std::int64_t width = kernels_.panel_width();
+    const std::int64_t sweep_rows = even_block(p.rows, rows_per_sweep, rows_per_call);
+    const std::int64_t depth = even_block(p.inputs, depth_per_slice, 32); // of p.inputs alone: rows keep their bits
+    const bool is_bf16 = p.panels.bf16 != nullptr;
+    float* const expanded = is_bf16 ? expanded_.get(depth * width) : nullptr;
+    alignas(64) float tile[rows_per_call * most_panel_width];
+    const std::int64_t panel_elements = p.panel_elements == 0 ? p.inputs * width : p.panel_elements;
+    SELM_EXPECT(width <= most_panel_width);
+    for (std::int64_t sweep = 0; sweep < p.rows; sweep += sweep_rows) {
+        const std::int64_t sweep_end = std::min(p.rows, sweep + sweep_rows);
+        for (std::int64_t output = 0; output < p.outputs; output += width) {
+            const std::int64_t outputs = std::min(width, p.outputs - output);
+            for (std::int64_t input = 0; input < p.inputs; input += depth) {
+                const std::int64_t count = std::min(depth, p.inputs - input);
+                const Panels slice = p.panels.from(output / width * panel_elements + input * width);
+                if (is_bf16)
+                    expand(slice.bf16, count * width, expanded);
+                const float* const panel = is_bf16 ? expanded : slice.f32;
+                const bool add = p.accumulate || input > 0, add_bias = p.bias != nullptr && input == 0;
+                GemmShape shape{.m = narrow(outputs),
+                                .n = 0,
+                                .k = narrow(count),
+                                .lda = narrow(width),
+                                .ldb = narrow(p.x_stride),
+                                .ldc = narrow(add || add_bias ? width : p.y_stride),
+                                .accumulate = false};
+                GemmKernel kernel;
+                for (std::int64_t row = sweep; row < sweep_end; row += rows_per_call) {
+                    const std::int32_t rows = narrow(std::min(rows_per_call, sweep_end - row));
+                    if (rows != shape.n) {
+                        shape.n = rows;
+                        kernel = kernels_.find(shape);
+                    }
+                    float* const y = p.y + row * p.y_stride + output;
+                    kernel(panel, p.x + row * p.x_stride + input, add || add_bias ? tile : y);
+                    if (add)
+                        place_tile(tile, width, rows, outputs, true, y, p.y_stride);
+                    else if (add_bias)
+                        place_tile_on(p.bias + output, tile, width, rows, outputs, y, p.y_stride);
+                }
+            }
+        }
+    }
+}
+
+void XsmmEngine::add_weight_gradient(const WeightGradient& g)
+{
+    const std::int64_t width = kernels_.panel_width();
+    for (std::int64_t block = 0; block < g.outputs; block += outputs_per_block) {
+        const std::int64_t block_end = std::min(g.outputs, block + outputs_per_block);
+        for (std::int64_t input = 0; input < g.inputs; input += width) {
+            for (std::int64_t output = block; output < block_end; output += rows_per_call) {
+                const GemmKernel kernel = kernels_.find({.m = narrow(std::min(width, g.inputs - input)),
+                                                         .n = narrow(std::min(rows_per_call, block_end - output)),
+                                                         .k = narrow(g.rows),
+                                                         .lda = narrow(width),
+                                                         .ldb = narrow(g.dy_stride),
+                                                         .ldc = narrow(g.dw_stride),
+                                                         .accumulate = true});
+                kernel(g.x_panels + input * g.rows, g.dy_transposed + output * g.dy_stride,
+                       g.dw + output * g.dw_stride + input);
+            }
+        }
+    }
+}
+
+} // namespace selm::xsmm
