@@ -149,9 +149,9 @@ foreach(source IN LISTS job_sources)
     if(name MATCHES "^(signals|resubmit|power|split)$")
         list(APPEND labels faults)
     endif()
-    # These two never passed as a whole yet (docs/STATUS.md): only with ctest -C faults -L slurm.
+    # Never passed as a whole yet (docs/STATUS.md): only with ctest -C faults -L slurm.
     set(configurations "")
-    if(name MATCHES "^(power|split)$")
+    if(name STREQUAL "split")
         set(configurations CONFIGURATIONS faults)
     endif()
     add_test(NAME slurm_${name} COMMAND bash "${source}" ${configurations})

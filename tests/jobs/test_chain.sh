@@ -35,14 +35,22 @@ expect 0 'dependency=afterok:<train-2>' "$chain" --run chained --phases phases.c
 expect_count 2 sbatch
 
 # A phase that cannot run ends the chain: one reason, nothing pending for ever.
+ends_chain() { # ends_chain RUN PHASE REASON: the phase of iteration 1 fails
+    local id last
+    expect 0 '^state: squeue' "$chain" --config bad.cfg --run "$1" --phases phases.cfg
+    id=$(sed -n "s/^\([0-9]*\)  $2 of iteration 1\$/\1/p" <<<"$output")
+    last=$(sed -n 's/^\([0-9]*\)  iter .*/\1/p' <<<"$output")
+    ends_as FAILED "$id"
+    ends_as CANCELLED "$last"
+    expect 0 'Not run again' cat "selm-$2-1-$id.out"
+    expect_count 1 "$3.*exit code"
+    checks=$((checks + 1))
+    [ -z "$(squeue -h -t PENDING,RUNNING -o %i)" ] || fail "jobs are left: $(squeue)"
+}
 sed 's/reward:reward/reward:nowhere/' recipe.cfg >bad.cfg
-expect 0 '^state: squeue' "$chain" --config bad.cfg --run bad --phases phases.cfg
-rank=$(sed -n 's/^\([0-9]*\)  rank of iteration 1$/\1/p' <<<"$output")
-last=$(sed -n 's/^\([0-9]*\)  iter .*/\1/p' <<<"$output")
-ends_as FAILED "$rank"
-ends_as CANCELLED "$last"
-expect 0 'Not run again' cat "selm-rank-1-$rank.out"
-expect_count 1 'nowhere.*exit code'
-checks=$((checks + 1))
-[ -z "$(squeue -h -t PENDING,RUNNING -o %i)" ] || fail "jobs are left: $(squeue)"
+ends_chain bad_recipe rank nowhere
+head -n 4 "$SELM_SOURCE_DIR/data/ultrafeedback_sample.jsonl" >bad.jsonl
+echo '{"prompt": "and then' >>bad.jsonl
+sed 's,^train = .*,train = bad.jsonl,' recipe.cfg >bad.cfg
+ends_chain bad_data gen 'bad.jsonl'
 finish
