@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass, field
 from typing import Callable
@@ -59,6 +60,12 @@ class Failed(Exception):
     pass
 
 
+def reason_of(error):
+    """The last line of a failed command's output that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip(" -=\n")]
+    return lines[-1][:200].replace("|", "/") if lines else "failed"
+
+
 def tail(text, lines=12):
     return "\n".join(text.splitlines()[-lines:])
 
@@ -100,7 +107,10 @@ class Bench:
             watch = machine.Memory(process.pid) if memory else None
             if watch:
                 watch.start()
+            limit = threading.Timer(self.a.limit, lambda: os.killpg(process.pid, signal.SIGTERM))
+            limit.start()
             out = process.stdout.read()
+            limit.cancel()
             _, status, usage = os.wait4(process.pid, 0)
             process.returncode, self.running = os.waitstatus_to_exitcode(status), None
             result = {"out": out, "wall_s": time.perf_counter() - start, "peak_rss_bytes": usage.ru_maxrss * 1024}
@@ -191,13 +201,14 @@ def measure(work, repetitions, save, log=lambda text: print(text, file=sys.stder
                 sample = contestant.run(repetition)
             except Failed as error:
                 log(f"{work.name}: {contestant.name}: {error}")
-                result["left_out"][contestant.name] = str(error).splitlines()[-1][:300] if str(error) else "failed"
+                result["left_out"][contestant.name] = reason_of(error)
+                save(result)
                 continue
             sample["others_cores"] = work.others_cores if work.measured_before else others.cores()
             result["samples"][contestant.name].append(sample)
+            save(result)
             if not work.measured_before:
                 log(f"{work.name}: {contestant.name}: {sample.get(work.key, 0):.4g} {work.unit} (others {sample['others_cores']:.2f} cores)")
-        save(result)
     return result
 
 
@@ -214,6 +225,8 @@ def parse(words, doc):
     parser.add_argument("--layers", type=int, default=24, help="of the pair ranker (24: PairRM's size)")
     parser.add_argument("--points", help="generate: PROMPTSxTOKENS,... (16x64,32x128)")
     parser.add_argument("--skip", default="", help="contestants that are left out, words of their names with commas between (trl,deepspeed,1 rank)")
+    parser.add_argument("--deepspeed", action="store_true", help="train: also DeepSpeed's ZeRO-1 on CPU ranks (compiles its communication first)")
+    parser.add_argument("--limit", type=float, default=3600, help="seconds of one repetition of one side; then it is ended and left out (3600)")
     parser.add_argument("--tokens-per-microbatch", type=int, default=2048)
     parser.add_argument("--build", default=os.path.join(ROOT, "build", "release"))
     parser.add_argument("--model", default=os.path.join(ROOT, "build", "models", "smollm2"))

@@ -137,7 +137,7 @@ def train_work(bench):
                    Contestant(trl, lambda r: training.peer("trl_dpo"), slow), Contestant(precomputed, lambda r: training.peer("trl_dpo", "--precompute"), slow)]
     if ranks > 1:
         contestants.insert(1, Contestant(one, lambda r: training.ours(1, 0.001)))
-    if bench.a.device == "cpu" and not bench.a.quick:
+    if bench.a.device == "cpu" and bench.a.deepspeed:
         contestants.append(Contestant(zero, lambda r: training.peer("zero_step"), slow))
     phase = f"train step with reference log-probs, {rows} pairs"
     comparisons = [Comparison(phase, name, authors, "pairs_per_s", 6, peer_text="authors' step in PyTorch"),
@@ -146,11 +146,12 @@ def train_work(bench):
                    Comparison(phase + ": memory", name, checkpointed, "pss_bytes", 0.6, True, "authors' step, gradient checkpointing"),
                    Comparison(phase + ", alpha 0", alpha0, trl, "pairs_per_s", 6, peer_text="TRL DPOTrainer"),
                    Comparison(phase + ", alpha 0", alpha0, precomputed, "pairs_per_s", 6, peer_text="TRL DPOTrainer, reference log-probs precomputed (counted)"),
-                   Comparison(phase + ", alpha 0", alpha0, zero, "pairs_per_s", peer_text="DeepSpeed ZeRO-1 on CPU ranks (gloo)"),
                    Comparison(phase, name, "", "roofline_share", 0.7, peer_text="arithmetic peak x counted FLOPs"),
                    Comparison(phase, name, one, "pairs_per_s", 1.8, peer_text="ours on 1 rank")]
+    if bench.a.deepspeed:
+        comparisons.append(Comparison(phase + ", alpha 0", alpha0, zero, "pairs_per_s", peer_text="DeepSpeed ZeRO-1 on CPU ranks (gloo)"))
     notes = [f"Generated answers: the next row's chosen one. {STEPS} optimizer steps of {rows // STEPS} pairs each; the reference's log-probs are part of it on all sides. Peers: micro-batches of 2 pairs, padded, accumulated. `loss` of "
              "every sample in the JSON file is the second step's, which the first one's update has moved away from log 2.", "Proportional set size: the larger of our two programs, all ranks."]
     if bench.a.quick:
-        notes.append("--quick: peers once, no DeepSpeed.")
+        notes.append("--quick: peers once.")
     return Work("train", f"{STEPS} optimizer steps of {rows // STEPS} pairs, reference log-probs included", "pairs/s", "pairs_per_s", without(contestants, bench.a.skip), comparisons, notes)

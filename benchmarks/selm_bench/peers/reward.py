@@ -22,7 +22,7 @@ def main():
     tokenizer = AutoTokenizer.from_pretrained(a.model)
     model = AutoModelForSequenceClassification.from_pretrained(a.model, dtype=getattr(torch, a.dtype)).eval().to(a.device)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    pad = model.config.pad_token_id
+    pad = model.config.pad_token_id if model.config.pad_token_id is not None else end
     sequences, prompts, scores, tokens = [], [], [], 0
     for row in read_rows(a.texts):
         prompt = tokenizer(tokenizer.apply_chat_template(row["messages"], tokenize=False, add_generation_prompt=True), add_special_tokens=False)["input_ids"][-512:]
