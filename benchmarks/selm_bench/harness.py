@@ -101,16 +101,19 @@ class Bench:
         words = [str(word) for word in words]
         start = time.perf_counter()
         with tempfile.TemporaryFile("w+") as errors:
-            process = subprocess.Popen(words, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=errors, process_group=0,
+            process = subprocess.Popen(words, cwd=ROOT, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, process_group=0,
                                        env=dict(os.environ, **(environment or {})))
             self.running = process
             watch = machine.Memory(process.pid) if memory else None
             if watch:
                 watch.start()
             limit = threading.Timer(self.a.limit, lambda: os.killpg(process.pid, signal.SIGTERM))
+            limit.daemon = True  # a run that is cut off must not wait for it
             limit.start()
-            out = process.stdout.read()
-            limit.cancel()
+            try:
+                out = process.stdout.read()
+            finally:
+                limit.cancel()
             _, status, usage = os.wait4(process.pid, 0)
             process.returncode, self.running = os.waitstatus_to_exitcode(status), None
             result = {"out": out, "wall_s": time.perf_counter() - start, "peak_rss_bytes": usage.ru_maxrss * 1024}
