@@ -25,3 +25,4 @@ selm_benchmark_program(selm_comm_benchmark comm/selm_comm_benchmark.cpp selm::co
 selm_benchmark_program(selm_roofline_benchmark machine/selm_roofline_benchmark.cpp selm::kernels selm::comm)
 selm_benchmark_program(selm_write_benchmark machine/selm_write_benchmark.cpp selm::data selm::comm)
 selm_benchmark_program(selm_tokenizer_benchmark machine/selm_tokenizer_benchmark.cpp selm::text)
+selm_benchmark_program(selm_adamw_benchmark machine/selm_adamw_benchmark.cpp selm::kernels nlohmann_json::nlohmann_json)

@@ -13,7 +13,10 @@ void print(const selm::GenerateOptions& options, const selm::GenerateReport& rep
               << "prompt tokens " << report.prompt_tokens << ", new tokens " << report.new_tokens << " (" << report.stopped_by_end
               << " answers ended by themselves, " << report.stopped_by_length << " by length)\n"
               << fixed(report.seconds, 2) << " s, " << per_second(static_cast<double>(report.new_tokens), report.seconds)
-              << " new tokens/s, ranks idle " << fixed(100 * report.idle_fraction, 1) << " %\n";
+              << " new tokens/s, ranks idle " << fixed(100 * report.idle_fraction, 1) << " %";
+    if (report.first_token_s > 0)
+        std::cout << ", first token " << fixed(report.first_token_s, 2) << " s after the start";
+    std::cout << "\n";
 }
 
 } // namespace

@@ -111,12 +111,12 @@ void write_iteration(const std::string& path, const PreferencesReader& prefs, co
     agree(comm, "generated answers", [&] { packed = pack_answers(rows, answers); });
     const auto payloads = to_blocks(n, std::move(packed), "generated answers", comm);
     std::vector<GeneratedAnswer> block;
-    std::vector<PreferenceRow> sources;
+    PreferenceColumns sources;
     agree(comm, "rows of " + prefs.path(), [&] {
         for (const auto& payload : payloads)
             block.push_back(unpack_answer(payload));
         for (std::int64_t i = block_begin(n, comm.size(), comm.rank()); i < block_begin(n, comm.size(), comm.rank() + 1); ++i)
-            sources.push_back(prefs.row(rows[static_cast<std::size_t>(i)]));
+            sources.append(prefs.row(rows[static_cast<std::size_t>(i)]));
     });
     h5::write_and_publish(path, comm, [&](h5::File& file) {
         write_root_attributes(file, iteration_format, attributes.file);

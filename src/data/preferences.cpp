@@ -1,6 +1,7 @@
 #include "selm/data/preferences.hpp"
 
 #include <algorithm>
+#include <utility>
 
 #include "row_columns.hpp"
 #include "selm/comm/agree.hpp"
@@ -128,57 +129,50 @@ std::vector<std::string> RowColumns::ids() const
     return found;
 }
 
-void write_row_columns(h5::File& file, const std::vector<PreferenceRow>& mine)
+void write_row_columns(h5::File& file, const PreferenceColumns& mine)
 {
-    const auto texts = [&](const char* path, std::string PreferenceRow::*member) {
-        std::vector<std::string> values;
-        values.reserve(mine.size());
-        for (const PreferenceRow& row : mine)
-            values.push_back(row.*member);
-        file.write_texts(path, values);
+    const auto texts = [&](const std::string& path, const TextBlob& column) {
+        file.write_blocks(path, column.bytes());
+        file.write_offsets(path + "_offsets", column.lengths());
     };
-    texts("/prompts/text", &PreferenceRow::prompt);
-    texts("/prompts/id", &PreferenceRow::id);
-    texts("/responses/chosen/text", &PreferenceRow::chosen);
-    texts("/responses/rejected/text", &PreferenceRow::rejected);
+    texts("/prompts/text", mine.prompt);
+    texts("/prompts/id", mine.id);
+    texts("/responses/chosen/text", mine.chosen);
+    texts("/responses/rejected/text", mine.rejected);
+    file.write_blocks("/prompts/row", mine.row_keys);
+    file.write_blocks("/prompts/row_source", mine.row_sources);
+    file.write_blocks("/prompts/messages/role", mine.roles);
+    texts("/prompts/messages/text", mine.message_text);
+    file.write_offsets("/prompts/messages/row_offsets", mine.message_counts);
+    file.write_blocks("/scores", mine.scores, {2});
+}
 
-    std::vector<std::int64_t> keys, sources, message_counts;
-    std::vector<std::uint8_t> roles;
-    std::vector<std::string> contents;
-    std::vector<double> scores;
-    for (const PreferenceRow& row : mine) {
-        keys.push_back(row.row);
-        sources.push_back(row.row_source);
-        message_counts.push_back(static_cast<std::int64_t>(row.messages.size()));
-        for (const Message& message : row.messages) {
-            roles.push_back(static_cast<std::uint8_t>(message.role));
-            contents.push_back(message.content);
-        }
-        scores.push_back(row.score_chosen);
-        scores.push_back(row.score_rejected);
-    }
-    file.write_blocks("/prompts/row", keys);
-    file.write_blocks("/prompts/row_source", sources);
-    file.write_blocks("/prompts/messages/role", roles);
-    file.write_texts("/prompts/messages/text", contents);
-    file.write_offsets("/prompts/messages/row_offsets", message_counts);
-    file.write_blocks("/scores", scores, {2});
+std::string write_preferences(const std::string& path, PreferenceColumns mine, const FileAttributes& attributes, Communicator& comm)
+{
+    const auto counts = all_gather_value(comm, mine.rows(), "rows per rank");
+    std::int64_t next = 0;
+    for (int rank = 0; rank < comm.rank(); ++rank)
+        next += counts[static_cast<std::size_t>(rank)];
+    for (std::int64_t& key : mine.row_keys)
+        key = next++;
+    std::string digest;
+    h5::write_and_publish(
+        path, comm,
+        [&](h5::File& file) {
+            write_root_attributes(file, preferences_format, attributes);
+            write_row_columns(file, mine);
+        },
+        [&](const h5::File& file) { digest = data_digest(file); });
+    return digest;
 }
 
 void write_preferences(const std::string& path, const std::vector<PreferenceRow>& mine, const FileAttributes& attributes,
                        Communicator& comm)
 {
-    std::vector<PreferenceRow> numbered = mine;
-    const auto counts = all_gather_value(comm, static_cast<std::int64_t>(mine.size()), "rows per rank");
-    std::int64_t next = 0;
-    for (int rank = 0; rank < comm.rank(); ++rank)
-        next += counts[static_cast<std::size_t>(rank)];
-    for (PreferenceRow& row : numbered)
-        row.row = next++;
-    h5::write_and_publish(path, comm, [&](h5::File& file) {
-        write_root_attributes(file, preferences_format, attributes);
-        write_row_columns(file, numbered);
-    });
+    PreferenceColumns columns;
+    for (const PreferenceRow& row : mine)
+        columns.append(row);
+    write_preferences(path, std::move(columns), attributes, comm);
 }
 
 struct PreferencesReader::Columns : RowColumns {

@@ -3,7 +3,7 @@
 #include <string>
 #include <vector>
 
-#include "selm/data/preferences.hpp"
+#include "selm/data/preference_columns.hpp"
 
 namespace selm {
 
@@ -31,6 +31,6 @@ struct RowColumns {
 };
 
 /// Writes those datasets: the ranks' rows in rank order with their `row` fields. Collective.
-void write_row_columns(h5::File& file, const std::vector<PreferenceRow>& mine);
+void write_row_columns(h5::File& file, const PreferenceColumns& mine);
 
 } // namespace selm

@@ -2,9 +2,13 @@
 
 #include <algorithm>
 #include <chrono>
+#include <ctime>
 #include <filesystem>
+#include <fstream>
+#include <iterator>
 #include <limits>
 #include <optional>
+#include <sstream>
 #include <thread>
 #include <utility>
 
@@ -44,6 +48,24 @@ constexpr int queue_tag = 1, progress_tag = 7;
 double seconds_since(Clock::time_point start)
 {
     return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+/// Seconds since the system started this process; 0 where it does not tell.
+double process_seconds()
+{
+    std::ifstream file("/proc/self/stat");
+    std::string text{std::istreambuf_iterator<char>(file), {}};
+    // Behind the name in brackets, which may hold spaces: field 3 and on; the start, in clock ticks, is field 22.
+    std::istringstream fields(text.substr(std::min(text.size(), text.rfind(')') + 1)));
+    std::string skipped;
+    for (int field = 3; field < 22; ++field)
+        fields >> skipped;
+    double ticks = 0;
+    timespec now{};
+    if (!(fields >> ticks) || ::clock_gettime(CLOCK_BOOTTIME, &now) != 0)
+        return 0;
+    return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec)
+           - ticks / static_cast<double>(::sysconf(_SC_CLK_TCK));
 }
 
 /// What an output is made from; equal for two runs exactly when they give the same data.
@@ -278,6 +300,8 @@ class Generator {
             }
             nap_ = shortest_sleep;
             finish(batch_.step());
+            if (first_token_s_ == 0 && batch_.new_tokens() > 0)
+                first_token_s_ = process_seconds();
             if (seconds_since(synced) > sync_every_s) {
                 journal_.sync();
                 synced = Clock::now();
@@ -301,6 +325,7 @@ class Generator {
     std::int64_t new_tokens() const { return batch_.new_tokens(); }
     std::int64_t prompt_tokens() const { return batch_.prompt_tokens(); }
     double busy_s() const { return busy_s_; } ///< in run(), without waiting for rows
+    double first_token_s() const { return first_token_s_; } ///< since the process started; 0: there was none
 
   private:
     ContinuousBatch::Options batch_options(std::int64_t slots) const
@@ -381,7 +406,7 @@ class Generator {
     std::vector<float> host_logits_;
     std::vector<SampledAnswer> answers_;
     std::int64_t rows_ = 0, ended_ = 0, total_ = 0;
-    double busy_s_ = 0, slept_s_ = 0;
+    double busy_s_ = 0, slept_s_ = 0, first_token_s_ = 0;
     std::chrono::milliseconds nap_ = shortest_sleep;
 };
 
@@ -395,6 +420,11 @@ void add_up(GenerateReport& report, const Generator& generator, const RankTiming
     report.stopped_by_length = counts[0] - counts[1];
     report.prompt_tokens = counts[2];
     report.new_tokens = counts[3];
+    constexpr double never = std::numeric_limits<double>::max();
+    const double first = generator.first_token_s();
+    report.first_token_s = all_reduce_value(comm, first > 0 ? first : never, ReduceOp::min, "time of the first token");
+    if (report.first_token_s == never)
+        report.first_token_s = 0;
     const double wall = timing.busy_s + timing.idle_s;
     report.idle_fraction =
         all_reduce_value(comm, wall > 0 ? timing.idle_s / wall : 0, ReduceOp::sum, "idle time") / comm.size();
@@ -531,7 +561,8 @@ Answers given_answers(const GenerateOptions& options, const Input& input, Commun
     return answers;
 }
 
-void write_output(const GenerateOptions& options, const Input& input, const Answers& answers, Communicator& comm)
+void write_output(const GenerateOptions& options, const Input& input, const Answers& answers, double first_token_s,
+                  Communicator& comm)
 {
     IterationAttributes attributes;
     attributes.file.config = input.source.config.ini;
@@ -543,7 +574,8 @@ void write_output(const GenerateOptions& options, const Input& input, const Answ
                                  {"device", options.common.device},
                                  {"encoding", options.encoding.encoding},
                                  {"chat_format", answers.chat_format},
-                                 {"slots", options.slots}};
+                                 {"slots", options.slots},
+                                 {"first_token_s", first_token_s}};
     if (!input.source.responses_digest.empty())
         attributes.file.extra["responses_digest"] = input.source.responses_digest;
     attributes.iteration = options.iteration;
@@ -576,7 +608,7 @@ GenerateReport run_generate(const GenerateOptions& given, Communicator& comm)
     else
         answers = given_answers(options, input, comm);
     if (answers)
-        write_output(options, input, *answers, comm);
+        write_output(options, input, *answers, report.first_token_s, comm);
     if (answers && journal)
         journal->remove();
     report.outcome = answers ? Outcome::done : Outcome::stopped;

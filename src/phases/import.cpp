@@ -2,12 +2,14 @@
 
 #include <charconv>
 #include <filesystem>
+#include <future>
 #include <limits>
 
 #include "import_source.hpp"
 #include "selm/base/hash.hpp"
 #include "selm/comm/agree.hpp"
 #include "selm/comm/claim.hpp"
+#include "selm/data/preference_columns.hpp"
 #include "selm/data/preferences.hpp"
 #include "selm/phases/config_text.hpp"
 
@@ -81,11 +83,11 @@ class Importer {
   public:
     Importer(const ImportOptions& options, ImportReport& report) : options_(options), report_(report), range_(parse_rows(options.rows)) {}
 
-    std::vector<PreferenceRow> run()
+    PreferenceColumns run()
     {
         const auto source = open_source(options_.input);
         std::int64_t last = -1;
-        while ((options_.limit == 0 || static_cast<std::int64_t>(rows_.size()) < options_.limit) && !(range_.end && last + 1 >= *range_.end)
+        while ((options_.limit == 0 || rows_.rows() < options_.limit) && !(range_.end && last + 1 >= *range_.end)
                && source->next()) {
             last = source->index();
             if (range_.end && last >= *range_.end)
@@ -95,20 +97,20 @@ class Importer {
             ++report_.rows_read;
             take(*source);
         }
-        const bool limited = options_.limit != 0 && static_cast<std::int64_t>(rows_.size()) == options_.limit;
+        const bool limited = options_.limit != 0 && rows_.rows() == options_.limit;
         if (range_.end && !limited && last + 1 < *range_.end)
             throw data_error(cat(options_.input, " has ", last + 1, " rows (--rows ", options_.rows, " asks for more). Ask for rows that exist"));
-        if (rows_.empty())
+        if (rows_.rows() == 0)
             throw data_error(cat(options_.input, " gives no row (", report_.rows_read, " looked at, ", skipped(), " skipped; there is nothing to train on). "
                                  "Check the file and --rows"));
         return std::move(rows_);
     }
 
   private:
-    void take(const Source& source)
+    void take(Source& source)
     {
         try {
-            CheckedRow checked = import_detail::check_row(source.parse(), source.index());
+            const CheckedRow checked = import_detail::check_row(source.parse(), source.index());
             if (checked.empty_answer) {
                 if (options_.on_empty_answer == "stop")
                     throw BadRow{"empty answer", "an answer is empty (there is nothing to score)",
@@ -119,8 +121,7 @@ class Importer {
                 }
                 ++report_.empty_answers;
             }
-            checked.row.row_source = source.index();
-            rows_.push_back(std::move(checked.row));
+            rows_.append(checked.view(source.index()));
         } catch (const BadRow& bad) {
             if (options_.on_bad_row == "skip") {
                 ++report_.skipped[bad.reason];
@@ -143,7 +144,7 @@ class Importer {
     const ImportOptions& options_;
     ImportReport& report_;
     RowRange range_;
-    std::vector<PreferenceRow> rows_;
+    PreferenceColumns rows_;
 };
 
 /// True when the output is there and was made from this input with these options. On one rank.
@@ -237,15 +238,23 @@ ImportReport run_import(const ImportOptions& options, Communicator& comm)
     options.validate();
     const ConfigText config = config_text(options);
     ImportReport report;
-    std::vector<PreferenceRow> rows;
+    PreferenceColumns rows;
     FileAttributes attributes{.config = config.ini, .config_hash = config.recipe_hash, .source_digest = "", .extra = {}};
     agree(comm, "import", [&] {
         if (!comm.is_root())
             return;
         open_source(options.input); // a missing input is heard of before an old output is
-        attributes.source_digest = hash_file(options.input);
-        if (!already_complete(options, config.recipe_hash, attributes.source_digest, report))
-            rows = Importer(options, report).run();
+        // Another thread reads the input once more for its digest; only an output that is there has to wait for it.
+        std::future<std::string> source_digest = std::async(std::launch::async, hash_file, options.input);
+        std::error_code error;
+        if (std::filesystem::exists(options.output, error)) {
+            attributes.source_digest = source_digest.get();
+            if (already_complete(options, config.recipe_hash, attributes.source_digest, report))
+                return;
+        }
+        rows = Importer(options, report).run();
+        if (source_digest.valid())
+            attributes.source_digest = source_digest.get();
     });
     broadcast_value(comm, report.already_complete, 0, "import");
     if (!report.already_complete) {
@@ -255,13 +264,8 @@ ImportReport run_import(const ImportOptions& options, Communicator& comm)
         attributes.extra = {{"source", options.input}, {"rows_read", report.rows_read}, {"rows_with_empty_answer", report.empty_answers}};
         for (const auto& [reason, count] : report.skipped)
             attributes.extra.emplace("skipped: " + reason, count);
-        write_preferences(options.output, rows, attributes, comm);
-        agree(comm, "digest", [&] {
-            if (!comm.is_root())
-                return;
-            report.rows = static_cast<std::int64_t>(rows.size());
-            report.digest = data_digest(options.output);
-        });
+        report.rows = rows.rows();
+        report.digest = write_preferences(options.output, std::move(rows), attributes, comm);
     }
     broadcast_report(comm, report);
     return report;

@@ -49,16 +49,18 @@ Cell cell_of(const Json& object, const char* field)
     if (found == object.end() || found->is_null())
         return {};
     if (found->is_string())
-        return found->get<std::string>();
+        return std::string_view(found->get_ref<const std::string&>());
     if (!found->is_array())
         throw wrong_type(field, "a text or a list of messages");
     std::vector<SourceMessage> messages;
     for (const Json& message : *found) {
-        if (!message.is_object() || !message.contains("role") || !message.contains("content"))
+        const auto role = message.is_object() ? message.find("role") : message.end();
+        const auto content = message.is_object() ? message.find("content") : message.end();
+        if (role == message.end() || content == message.end())
             throw BadRow{"missing field", cat("a message of \"", field, "\" lacks \"role\" or \"content\" (both are needed)"), "Correct the row"};
-        if (!message["role"].is_string() || !message["content"].is_string())
+        if (!role->is_string() || !content->is_string())
             throw wrong_type(field, "a list of messages with texts as role and content");
-        messages.push_back({message["role"].get<std::string>(), message["content"].get<std::string>()});
+        messages.push_back({role->get_ref<const std::string&>(), content->get_ref<const std::string&>()});
     }
     return messages;
 }
@@ -73,16 +75,17 @@ double score_of(const Json& object, const char* field)
     return found->get<double>();
 }
 
-std::optional<std::string> id_of(const Json& object)
+/// @param written holds an id that is a number.
+std::optional<std::string_view> id_of(const Json& object, std::string& written)
 {
     const auto found = object.find("prompt_id");
     if (found == object.end() || found->is_null())
         return std::nullopt;
     if (found->is_number_integer())
-        return found->dump();
+        return written = found->dump();
     if (!found->is_string())
         throw wrong_type("prompt_id", "a text");
-    return found->get<std::string>();
+    return found->get_ref<const std::string&>();
 }
 
 Json parse_line(const std::string& line)
@@ -123,16 +126,17 @@ class JsonLines final : public Source {
     std::int64_t index() const override { return index_; }
     std::string place() const override { return cat("line ", index_ + 1); }
 
-    SourceRow parse() const override
+    SourceRow parse() override
     {
-        const Json object = parse_line(line_);
+        object_ = parse_line(line_);
+        const Json& object = object_;
         if (!object.is_object())
             throw BadRow{"not an object", "not a JSON object (every line holds one, with prompt, chosen and rejected)", "Correct the row"};
         SourceRow row;
         row.prompt = cell_of(object, "prompt");
         row.chosen = cell_of(object, "chosen");
         row.rejected = cell_of(object, "rejected");
-        row.id = id_of(object);
+        row.id = id_of(object, written_id_);
         row.score_chosen = score_of(object, "score_chosen");
         row.score_rejected = score_of(object, "score_rejected");
         return row;
@@ -142,6 +146,8 @@ class JsonLines final : public Source {
     std::string path_;
     std::ifstream in_;
     std::string line_;
+    Json object_; ///< of the line; what parse() gives points into it
+    std::string written_id_;
     std::int64_t index_ = -1;
 };
 

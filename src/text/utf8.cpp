@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 
 namespace selm {
 namespace {
@@ -51,6 +52,21 @@ Sequence read_sequence(std::string_view text, std::size_t position)
     return {length, true};
 }
 
+/// The first byte at or after @p position that may not be ASCII: most text is, and eight bytes are looked at together.
+std::size_t skip_ascii(std::string_view text, std::size_t position)
+{
+    while (position + sizeof(std::uint64_t) <= text.size()) {
+        std::uint64_t bytes = 0;
+        std::memcpy(&bytes, text.data() + position, sizeof bytes);
+        if ((bytes & 0x8080808080808080u) != 0)
+            break;
+        position += sizeof bytes;
+    }
+    while (position < text.size() && byte_at(text, position) < 0x80)
+        ++position;
+    return position;
+}
+
 /// str.isspace() of Python: bidirectional type WS, B or S, or category Zs.
 bool is_python_space(char32_t c)
 {
@@ -68,6 +84,9 @@ bool is_continuation(std::uint8_t byte)
 std::optional<std::size_t> find_invalid_utf8(std::string_view text)
 {
     for (std::size_t position = 0; position < text.size();) {
+        position = skip_ascii(text, position);
+        if (position == text.size())
+            break;
         const Sequence sequence = read_sequence(text, position);
         if (!sequence.well_formed)
             return position;

@@ -17,7 +17,9 @@ namespace selm::h5 {
  * collective write); throwing on any rank after the last collective call is fine.
  * The partial file is this process's own (process_tag() of rank 0); partial files that killed attempts left are removed once
  * the new one is in place. @throws Error stopped when a newer attempt has claimed @p path (base/attempt.hpp).
+ * @param inspect run on rank 0 with the closed file, opened for reading, while the disk already takes what was written.
  */
-void write_and_publish(const std::string& path, Communicator& comm, const std::function<void(File&)>& write);
+void write_and_publish(const std::string& path, Communicator& comm, const std::function<void(File&)>& write,
+                       const std::function<void(const File&)>& inspect = {});
 
 } // namespace selm::h5

@@ -45,6 +45,7 @@ struct GenerateReport {
     std::int64_t stopped_by_end = 0, stopped_by_length = 0;
     double seconds = 0;                    ///< wall time, slowest rank
     double idle_fraction = 0;              ///< mean over ranks of idle / wall
+    double first_token_s = 0;              ///< from the start of its process to the first token of the rank that was first; 0: none
 };
 
 /**
