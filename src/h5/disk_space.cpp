@@ -54,4 +54,15 @@ void reserve_space(const std::string& path, std::int64_t bytes)
         throw no_space(path, bytes, std::strerror(ENOSPC));
 }
 
+void start_writing_back([[maybe_unused]] const std::string& path)
+{
+#ifdef SYNC_FILE_RANGE_WRITE
+    const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    if (descriptor < 0)
+        return;
+    [[maybe_unused]] const int status = ::sync_file_range(descriptor, 0, 0, SYNC_FILE_RANGE_WRITE);
+    ::close(descriptor);
+#endif
+}
+
 } // namespace selm::h5

@@ -13,4 +13,8 @@ void check_size_limit(const std::string& path, std::int64_t bytes);
 /// @throws Error io: it does not fit.
 void reserve_space(const std::string& path, std::int64_t bytes);
 
+/// Asks the system to begin to write a file's pages to disk, without waiting, so that syncing it later takes less long. Where
+/// the system cannot, nothing happens.
+void start_writing_back(const std::string& path);
+
 } // namespace selm::h5

@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "disk_space.hpp"
 #include "file_state.hpp"
 #include "selm/comm/agree.hpp"
 
@@ -8,6 +9,7 @@ namespace selm::h5 {
 namespace {
 
 constexpr std::int64_t transfer_bytes = std::int64_t{256} << 20; // MPI-IO counts are ints: stay far below 2 GiB
+constexpr std::int64_t write_back_bytes = std::int64_t{16} << 20; // the disk takes large datasets while others are written
 constexpr std::int64_t copy_bytes = std::int64_t{32} << 20;
 
 } // namespace
@@ -72,6 +74,8 @@ void File::write_from(const std::string& path, ElementType type, std::int64_t fi
         const char* data = static_cast<const char*>(values);
         state.write_round(path, target, first_row + begin, count, count > 0 ? data + begin * row_bytes : nullptr);
     }
+    if (state.comm->is_root() && target.info.elements() * static_cast<std::int64_t>(bytes_of(type)) >= write_back_bytes)
+        start_writing_back(state.path);
 }
 
 void File::write_blocks_from(const std::string& path, ElementType type, std::int64_t elements, const void* values,

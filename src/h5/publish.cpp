@@ -2,9 +2,9 @@
 
 #include <filesystem>
 
-#include <fcntl.h>
 #include <unistd.h>
 
+#include "disk_space.hpp"
 #include "selm/base/attempt.hpp"
 #include "selm/base/files.hpp"
 #include "selm/base/log.hpp"
@@ -29,19 +29,6 @@ void remove_partials_of_others(const std::string& path)
     for (const auto& entry : std::filesystem::directory_iterator(parent, ignored))
         if (entry.path().filename().string().starts_with(whole.filename().string() + ".partial-"))
             std::filesystem::remove(entry.path(), ignored);
-}
-
-/// Asks the system to begin to write a file's pages to disk, without waiting, so that syncing it later takes less long. Where
-/// the system cannot, nothing happens.
-void start_writing_back([[maybe_unused]] const std::string& path)
-{
-#ifdef SYNC_FILE_RANGE_WRITE
-    const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
-    if (descriptor < 0)
-        return;
-    [[maybe_unused]] const int status = ::sync_file_range(descriptor, 0, 0, SYNC_FILE_RANGE_WRITE);
-    ::close(descriptor);
-#endif
 }
 
 } // namespace

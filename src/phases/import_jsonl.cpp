@@ -1,5 +1,8 @@
 #include <cmath>
+#include <deque>
+#include <exception>
 #include <fstream>
+#include <future>
 
 #include <nlohmann/json.hpp>
 
@@ -102,6 +105,27 @@ Json parse_line(const std::string& line)
     }
 }
 
+struct Line {
+    std::int64_t index = 0;
+    std::string text;
+    Json object;            ///< once it is parsed
+    std::exception_ptr bad; ///< the BadRow that it gave instead
+};
+
+std::vector<Line> parsed(std::vector<Line> lines)
+{
+    for (Line& line : lines)
+        try {
+            line.object = parse_line(line.text);
+            if (!line.object.is_object())
+                throw BadRow{"not an object", "not a JSON object (every line holds one, with prompt, chosen and rejected)", "Correct the row"};
+        } catch (const BadRow&) {
+            line.bad = std::current_exception();
+        }
+    return lines;
+}
+
+/// Parsing takes most of the time: batches of lines are parsed ahead by other threads.
 class JsonLines final : public Source {
   public:
     explicit JsonLines(const std::string& path) : path_(path), in_(path, std::ios::binary)
@@ -112,26 +136,27 @@ class JsonLines final : public Source {
 
     bool next() override
     {
-        do {
-            if (!std::getline(in_, line_)) {
-                if (in_.bad())
-                    throw io_error(cat(path_, ": reading failed after line ", index_ + 1, ". Check its file system"));
-                return false;
-            }
-            ++index_;
-        } while (line_.find_first_not_of(" \t\r") == std::string::npos);
+        if (++at_ < lines_.size())
+            return true;
+        while (upcoming_.size() < batches_ahead && read_batch()) {
+        }
+        if (upcoming_.empty())
+            return false;
+        lines_ = upcoming_.front().get();
+        upcoming_.pop_front();
+        at_ = 0;
+        read_batch(); // parsed while these lines are looked at
         return true;
     }
 
-    std::int64_t index() const override { return index_; }
-    std::string place() const override { return cat("line ", index_ + 1); }
+    std::int64_t index() const override { return lines_[at_].index; }
+    std::string place() const override { return cat("line ", index() + 1); }
 
     SourceRow parse() override
     {
-        object_ = parse_line(line_);
-        const Json& object = object_;
-        if (!object.is_object())
-            throw BadRow{"not an object", "not a JSON object (every line holds one, with prompt, chosen and rejected)", "Correct the row"};
+        if (lines_[at_].bad)
+            std::rethrow_exception(lines_[at_].bad);
+        const Json& object = lines_[at_].object;
         SourceRow row;
         row.prompt = cell_of(object, "prompt");
         row.chosen = cell_of(object, "chosen");
@@ -143,12 +168,33 @@ class JsonLines final : public Source {
     }
 
   private:
+    static constexpr std::size_t batch_lines = 256, batches_ahead = 2;
+
+    /// Reads lines that are not blank and has them parsed; false: there are none left.
+    bool read_batch()
+    {
+        std::vector<Line> lines;
+        std::string text;
+        while (lines.size() < batch_lines && std::getline(in_, text)) {
+            ++read_;
+            if (text.find_first_not_of(" \t\r") != std::string::npos)
+                lines.push_back({.index = read_, .text = std::move(text), .object = {}, .bad = {}});
+        }
+        if (in_.bad())
+            throw io_error(cat(path_, ": reading failed after line ", read_ + 1, ". Check its file system"));
+        if (lines.empty())
+            return false;
+        upcoming_.push_back(std::async(std::launch::async, parsed, std::move(lines)));
+        return true;
+    }
+
     std::string path_;
     std::ifstream in_;
-    std::string line_;
-    Json object_; ///< of the line; what parse() gives points into it
+    std::int64_t read_ = -1; ///< index of the last line that was read
+    std::deque<std::future<std::vector<Line>>> upcoming_;
+    std::vector<Line> lines_; ///< parsed; what parse() gives points into the one at at_
+    std::size_t at_ = 0;
     std::string written_id_;
-    std::int64_t index_ = -1;
 };
 
 } // namespace

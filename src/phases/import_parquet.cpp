@@ -141,7 +141,7 @@ class ParquetRows final : public Source {
         if (const auto status = builder.Open(file_, properties); !status.ok())
             throw unreadable(path, status);
         reader_ = unwrap(builder.Build(), path);
-        reader_->set_use_threads(false);
+        reader_->set_use_threads(true); // columns are decoded side by side
         reader_->set_batch_size(batch_rows);
         batches_ = unwrap(reader_->GetRecordBatchReader(all_row_groups(), wanted_leaves()), path);
         for (const char* column : {"chosen", "rejected"})
