@@ -130,9 +130,8 @@ class Work {
 
   private:
     template<typename Compute>
-    void update(const float* g, float* w, float* m, float* v, Compute* c)
+    void update(const float* g, float* __restrict w, float* __restrict m, float* __restrict v, Compute* __restrict c)
     {
-#pragma GCC ivdep
         for (std::size_t i = 0; i < gradient_.size(); ++i) {
             const float d = 1e-6f * g[i];
             w[i] += d;
