@@ -19,7 +19,7 @@ def rank_works(bench):
 
 
 def rank_work(bench):
-    rows = bench.a.rows or (8 if bench.a.quick else 16)
+    rows = bench.a.rows or 16  # a block of 8 rows for each of two ranks
     layers = bench.a.layers if not bench.a.quick or bench.a.layers != 24 else 1
     ranker, (unranked, texts) = bench.path("pairrm"), bench.with_answers(rows)
     bench.python("pairrm", "make", "--model", ranker, "--layers", layers)
