@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <chrono>
 #include <ctime>
-#include <filesystem>
 #include <fstream>
 #include <iterator>
 #include <limits>
@@ -14,13 +13,13 @@
 
 #include <unistd.h>
 
+#include "generate_input.hpp"
 #include "generate_journal.hpp"
 #include "given_responses.hpp"
 #include "model_files.hpp"
 #include "prompt_store.hpp"
 #include "selm/algo/schedule.hpp"
 #include "selm/base/error.hpp"
-#include "selm/base/hash.hpp"
 #include "selm/base/log.hpp"
 #include "selm/comm/agree.hpp"
 #include "selm/comm/claim.hpp"
@@ -68,126 +67,12 @@ double process_seconds()
            - ticks / static_cast<double>(::sysconf(_SC_CLK_TCK));
 }
 
-/// What an output is made from; equal for two runs exactly when they give the same data.
-struct Source {
-    ConfigText config;
-    std::string data_digest, policy_digest, responses_digest;
-};
-
-/// The rows of the portion and where they come from.
-struct Input {
-    std::unique_ptr<PreferencesReader> prefs;
-    PortionRange range;
-    Source source;
-
-    std::int64_t rows() const { return range.end - range.begin; }
-    std::vector<std::int64_t> keys() const
-    {
-        std::vector<std::int64_t> keys(static_cast<std::size_t>(rows()));
-        for (std::size_t i = 0; i < keys.size(); ++i)
-            keys[i] = range.begin + static_cast<std::int64_t>(i);
-        return keys;
-    }
-};
-
 /// What a rank brings to the output.
 struct Answers {
     std::vector<GeneratedAnswer> mine;
     RankTiming timing;
     std::string engine, chat_format; ///< empty when nothing was generated
 };
-
-void check_output_directory(const std::string& output)
-{
-    const std::filesystem::path parent = std::filesystem::path(output).parent_path();
-    const std::string directory = parent.empty() ? "." : parent.string();
-    SELM_VALIDATE(
-        std::filesystem::is_directory(directory) && ::access(directory.c_str(), W_OK | X_OK) == 0, ExitCode::usage,
-        "--output "
-            << output << ": " << directory
-            << " is no directory that can be written to (answers could not be saved). Make it, or choose another");
-}
-
-Input open_input(const GenerateOptions& options, Communicator& comm)
-{
-    Input input;
-    agree(comm, "opening the prompts", [&] {
-        input.prefs = std::make_unique<PreferencesReader>(options.data);
-        input.range = portion_range(input.prefs->rows(), options.portion, options.portions);
-        SELM_VALIDATE(input.rows() > 0, ExitCode::bad_data,
-                      options.data << ": portion " << options.portion << " of " << options.portions
-                                   << " has no rows (the file has " << input.prefs->rows()
-                                   << "). Use fewer portions or more rows");
-        if (comm.is_root())
-            check_output_directory(options.output);
-    });
-    input.source.config = config_text(options);
-    input.source.data_digest = root_string(comm, "digest of the prompts", [&] { return input.prefs->digest(); });
-    if (options.responses.empty())
-        input.source.policy_digest =
-            root_string(comm, "digest of the policy", [&] { return model_digest(options.policy); });
-    else if (options.responses != "none")
-        input.source.responses_digest =
-            root_string(comm, "digest of the responses", [&] { return hash_file(options.responses); });
-    return input;
-}
-
-std::string text_attribute(const h5::Attributes& attributes, const std::string& name)
-{
-    const auto found = attributes.find(name);
-    const auto* text = found == attributes.end() ? nullptr : std::get_if<std::string>(&found->second);
-    return text == nullptr ? std::string() : *text;
-}
-
-/// Throws unless the iteration file is what this run would make.
-void check_same_source(const IterationReader& file, const Source& source)
-{
-    const IterationAttributes found = file.attributes();
-    const std::string responses = text_attribute(found.file.extra, "responses_digest");
-    const auto differs = [&](const std::string& what) {
-        throw data_error(cat(file.path(), " is there already and was made ", what,
-                             " (it is not replaced: it may be needed). Remove it, or pass another --output"));
-    };
-    if (found.file.source_digest != source.data_digest)
-        differs("from other prompts");
-    if (found.policy_digest != source.policy_digest)
-        differs("by another policy");
-    if (responses != source.responses_digest)
-        differs("from other responses");
-    if (found.file.config_hash != source.config.recipe_hash)
-        differs("with other options (see its attribute config)");
-}
-
-/// The report of an output that is complete already; nothing when there is no file. Collective over comm.
-std::optional<GenerateReport> existing_output(const GenerateOptions& options, const Input& input, Communicator& comm)
-{
-    struct Found {
-        std::int64_t exists = 0, rows = 0, none = 0, stop = 0, length = 0;
-    } found;
-    agree(comm, "looking at the output", [&] {
-        if (!comm.is_root() || !std::filesystem::exists(options.output))
-            return;
-        const IterationReader file(options.output);
-        check_same_source(file, input.source);
-        found = {.exists = 1, .rows = file.rows()};
-        for (std::int64_t i = 0; i < file.rows(); ++i) {
-            const FinishReason reason = file.finish_reason(i);
-            found.none += reason == FinishReason::none;
-            found.stop += reason == FinishReason::stop;
-            found.length += reason == FinishReason::length;
-        }
-        Journal::remove_leftover(options.output);
-    });
-    broadcast_value(comm, found, 0, "looking at the output");
-    if (found.exists == 0)
-        return std::nullopt;
-    SELM_LOG(info, options.output << " is complete already: " << found.rows << " rows");
-    return GenerateReport{.outcome = Outcome::already_complete,
-                          .rows = found.rows,
-                          .skipped_rows = options.responses == "none" ? 0 : found.none,
-                          .stopped_by_end = found.stop,
-                          .stopped_by_length = found.length};
-}
 
 // --- generation
 
@@ -232,7 +117,7 @@ std::int64_t new_token_limit(const GenerateOptions& options, const DecoderConfig
     return std::min(options.max_new_tokens, config.max_positions - prompt_tokens);
 }
 
-Plan plan_rows(const GenerateOptions& options, const DecoderConfig& config, const Input& input,
+Plan plan_rows(const GenerateOptions& options, const DecoderConfig& config, const GenerationInput& input,
                const PromptStore& prompts)
 {
     Plan plan;
@@ -462,7 +347,7 @@ std::int64_t rows_per_step(const GenerateOptions& options, const PromptStore& pr
 }
 
 /// Answers of the policy; nullopt when stopped before all rows were done. Collective over comm.
-std::optional<Answers> generate_answers(const GenerateOptions& options, const Input& input,
+std::optional<Answers> generate_answers(const GenerateOptions& options, const GenerationInput& input,
                                         std::optional<Journal>& opened, GenerateReport& report, Communicator& comm)
 {
     StopCondition stop(options.stop_file, options.common.walltime_margin, comm);
@@ -542,7 +427,7 @@ std::optional<Answers> generate_answers(const GenerateOptions& options, const In
 }
 
 /// Answers made elsewhere, or none. Collective over comm.
-Answers given_answers(const GenerateOptions& options, const Input& input, Communicator& comm)
+Answers given_answers(const GenerateOptions& options, const GenerationInput& input, Communicator& comm)
 {
     Answers answers;
     claim_phase_output(options.output, comm);
@@ -561,7 +446,7 @@ Answers given_answers(const GenerateOptions& options, const Input& input, Commun
     return answers;
 }
 
-void write_output(const GenerateOptions& options, const Input& input, const Answers& answers, double first_token_s,
+void write_output(const GenerateOptions& options, const GenerationInput& input, const Answers& answers, double first_token_s,
                   Communicator& comm)
 {
     IterationAttributes attributes;
@@ -595,7 +480,7 @@ GenerateReport run_generate(const GenerateOptions& given, Communicator& comm)
     options.validate();
     if (options.iteration == 0)
         options.iteration = options.portion;
-    const Input input = open_input(options, comm);
+    const GenerationInput input = open_input(options, comm);
     if (auto report = existing_output(options, input, comm))
         return *report;
 
