@@ -188,7 +188,7 @@ ExitCode run_body(const ProgramSpec& spec, OptionTable& table, const OptionTable
     set_collective_timeout(values.collective_timeout);
     std::optional<KokkosSession> kokkos;
     if (!is_alone(spec, table)) {
-        if (!values.device.empty())
+        if (!values.device.empty() && (spec.plans.empty() || !table.switched_on(spec.plans)))
             tell_places(world, values);
         kokkos.emplace(values.threads);
     }

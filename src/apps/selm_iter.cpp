@@ -13,7 +13,8 @@ int main(int argc, char** argv)
         .describe = [&](OptionVisitor& visitor) { options.describe(visitor); },
         .validate = [&] { options.validate(); },
         .positional = {},
-        .alone = "status"};
+        .alone = "status",
+        .plans = "dry-run"};
     return apps::run_program(argc, argv, spec, [&](apps::ProgramContext& context) {
         options.recipe_text = context.recipe_text;
         const IterateReport report = run_iterate(options, context.world, std::cout);
