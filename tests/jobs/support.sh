@@ -149,6 +149,15 @@ usr1() {
     release "$run"
 }
 
+# crash_controller JOB: kill -9 of slurmctld when it has written that the job runs. Before that it would come back with a job that
+# waits, and start it a second time: that is SLURM's own, and not what is tested.
+crash_controller() {
+    touch "$SELM_CLUSTER/marker"
+    scontrol update "jobid=$1" comment=save
+    wait_until "the controller's state to be saved" test "$SELM_CLUSTER/state/job_state" -nt "$SELM_CLUSTER/marker"
+    kill_controller
+}
+
 nodes_of() { scontrol show hostnames "$(squeue -h -j "$1" -o %N)" | sed 's/^node//'; }
 log_of() { echo "selm-iter-$1.out"; }
 attempts_of() { find "$1/attempts" -type f | wc -l; }

@@ -67,12 +67,12 @@ release daemons
 mapfile -t nodes < <(nodes_of "$three")
 kill_slurmd "${nodes[0]}"
 start_slurmd "${nodes[0]}"
-kill_controller
+crash_controller "$three"
 sleep 3
 start_controller
 catch daemons train 1
-kill_controller
-on_node "${nodes[0]}" pkill -USR1 slurm_script
+crash_controller "$three"
+on_node "${nodes[0]}" pkill -USR1 slurm_script || fail "no batch script on node${nodes[0]}"
 wait_until "USR1" log_has "$(log_of "$three")" 'stop signal'
 release daemons
 wait_until "end of the ranks" log_has "$(log_of "$three")" 'exit code 75'
