@@ -149,12 +149,7 @@ foreach(source IN LISTS job_sources)
     if(name MATCHES "^(signals|resubmit|power|split)$")
         list(APPEND labels faults)
     endif()
-    # Never passed as a whole yet (docs/STATUS.md): only with ctest -C faults -L slurm.
-    set(configurations "")
-    if(name STREQUAL "split")
-        set(configurations CONFIGURATIONS faults)
-    endif()
-    add_test(NAME slurm_${name} COMMAND bash "${source}" ${configurations})
+    add_test(NAME slurm_${name} COMMAND bash "${source}")
     set_tests_properties(slurm_${name} PROPERTIES LABELS "${labels}" TIMEOUT 1800 SKIP_RETURN_CODE 77 RUN_SERIAL TRUE
         ENVIRONMENT "${selm_mpi_environment}")
 endforeach()
