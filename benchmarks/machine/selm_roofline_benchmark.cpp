@@ -14,6 +14,7 @@
 #include "selm/comm/communicator.hpp"
 #include "selm/comm/session.hpp"
 #include "selm/kernels/engine.hpp"
+#include "timed.hpp"
 
 // What the cores that the ranks run on can do, all ranks at once: fused multiply-adds in registers, reading memory, updating
 // streams in memory, and the optimizer's kernel on a shard. One line of JSON per measurement with a sample per repetition:
@@ -21,15 +22,7 @@
 namespace {
 
 using selm::Communicator;
-
-double seconds_of(Communicator& comm, const std::function<void()>& work)
-{
-    comm.barrier("before a measurement");
-    const auto start = std::chrono::steady_clock::now();
-    work();
-    const double mine = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-    return selm::all_reduce_value(comm, mine, selm::ReduceOp::max, "slowest rank");
-}
+using selm::benchmark::seconds_of;
 
 /// Keeps a value without storing it in memory.
 template <typename T> void keep(T& value)

@@ -16,6 +16,7 @@
 #include "selm/comm/session.hpp"
 #include "selm/data/iteration.hpp"
 #include "selm/data/preferences.hpp"
+#include "timed.hpp"
 
 // The collective write of an iteration file beside a plain write of as many bytes by one process, in turns; both end with the data
 // on the disk (fsync). Every rank holds the generated answers of a block of rows; the rest of a row is read from prefs.h5 while
@@ -24,15 +25,7 @@ namespace {
 
 namespace fs = std::filesystem;
 using selm::Communicator;
-
-double seconds_of(Communicator& comm, const std::function<void()>& work)
-{
-    comm.barrier("before a measurement");
-    const auto start = std::chrono::steady_clock::now();
-    work();
-    const double mine = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-    return selm::all_reduce_value(comm, mine, selm::ReduceOp::max, "slowest rank");
-}
+using selm::benchmark::seconds_of;
 
 void plain_write(const std::string& path, const std::vector<char>& bytes)
 {

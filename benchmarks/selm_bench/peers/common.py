@@ -1,7 +1,19 @@
 """What the peers share. Each runs in its own process, in the environment of benchmarks/setup, and prints one JSON line last."""
 
+import argparse
 import json
 import resource
+
+
+def peer_parser(description, data):
+    """Options that peers with a model have in common; @p data: the one that names the input, with its help."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--model", required=True)
+    parser.add_argument(data[0], required=True, help=data[1])
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    return parser
 
 
 def emit(result):

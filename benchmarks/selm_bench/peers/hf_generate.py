@@ -1,18 +1,12 @@
 """transformers `generate`, greedy, left-padded batches."""
 
-import argparse
 import time
 
-from common import count_until_end, emit, load_decoder, read_rows, synchronize
+from common import count_until_end, emit, load_decoder, peer_parser, read_rows, synchronize
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--prompts", required=True)
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
+    parser = peer_parser(__doc__, ("--prompts", "lines of token ids"))
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--new-tokens", type=int, default=64)
     a = parser.parse_args()

@@ -1,18 +1,12 @@
 """transformers forward of the best, worst and generated answers' sequences, padded, and their log-probs."""
 
-import argparse
 import time
 
-from common import emit, load_decoder, log_probs, padded, read_rows, synchronize
+from common import emit, load_decoder, log_probs, padded, peer_parser, read_rows, synchronize
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--pairs", required=True)
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
+    parser = peer_parser(__doc__, ("--pairs", "lines {prompt, best, worst, generated} of token ids"))
     parser.add_argument("--batch", type=int, default=4, help="rows; each has two or three different answers")
     a = parser.parse_args()
     import torch

@@ -1,18 +1,12 @@
 """transformers sequence classification of every candidate's sequence, padded batches of 8."""
 
-import argparse
 import time
 
-from common import emit, read_rows, synchronize
+from common import emit, peer_parser, read_rows, synchronize
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--texts", required=True, help="lines {messages, answers}")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
+    parser = peer_parser(__doc__, ("--texts", "lines {messages, answers}"))
     parser.add_argument("--batch", type=int, default=8)
     a = parser.parse_args()
     import torch

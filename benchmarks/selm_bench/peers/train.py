@@ -1,10 +1,9 @@
 """Optimizer steps as the authors of the algorithm take them: policy and reference model, two padded forwards each (best and worst
 together, then the generated answer), DPO and the optimism term, accumulation, AdamW on fp32 master weights."""
 
-import argparse
 import time
 
-from common import emit, load_decoder, log_probs, padded, read_rows, synchronize
+from common import emit, load_decoder, log_probs, padded, peer_parser, read_rows, synchronize
 
 
 def selm_loss(policy, reference, rows, pad, a):
@@ -21,12 +20,7 @@ def selm_loss(policy, reference, rows, pad, a):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--pairs", required=True)
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
+    parser = peer_parser(__doc__, ("--pairs", "lines {prompt, best, worst, generated} of token ids"))
     parser.add_argument("--micro-batch", type=int, default=2)
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--alpha", type=float, default=0.001)

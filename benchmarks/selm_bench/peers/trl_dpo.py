@@ -1,20 +1,14 @@
 """TRL's DPOTrainer on the same pairs (no optimism term), one epoch; reference log-probs in the step or computed before."""
 
-import argparse
 import os
 import tempfile
 import time
 
-from common import emit, load_decoder, read_rows, synchronize
+from common import emit, load_decoder, peer_parser, read_rows, synchronize
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--pairs", required=True)
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
+    parser = peer_parser(__doc__, ("--pairs", "lines {prompt, best, worst, generated} of token ids"))
     parser.add_argument("--micro-batch", type=int, default=2)
     parser.add_argument("--precompute", action="store_true")
     parser.add_argument("--checkpointing", action="store_true")
