@@ -122,12 +122,12 @@ RowLogProbSums from_payload(const Journal::Record& record)
     return row;
 }
 
-/// Rows longest first, so that the last ones handed out are short.
 struct HandOut {
     std::vector<std::int64_t> rows;
     std::int64_t per_pass = 1; ///< rows that make up a pass, on average
 };
 
+/// Rows longest first, so that the last ones handed out are short.
 HandOut hand_out(const Input& input, const Journal& journal)
 {
     std::vector<std::pair<std::int64_t, std::int64_t>> rows; // (-bytes, position)

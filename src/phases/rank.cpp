@@ -126,13 +126,13 @@ RankRow read_row(const IterationReader& file, std::int64_t position, bool genera
     return out;
 }
 
-/// Blocks of `block` rows in file order that have a row to score, those with most text first, so that the last ones handed
-/// out are short.
 struct HandOut {
     std::vector<std::int64_t> blocks;
     std::int64_t at_a_time = 1; ///< blocks that a ranker sees together
 };
 
+/// Blocks of `block` rows in file order that have a row to score, those with most text first, so that the last ones handed
+/// out are short.
 HandOut hand_out(const IterationReader& file, const Journal& journal, std::int64_t block)
 {
     std::vector<std::int64_t> bytes(static_cast<std::size_t>((file.rows() + block - 1) / block));
