@@ -43,9 +43,43 @@ mpi() {
     "${SELM_MPIEXEC:-mpirun}" --oversubscribe --bind-to none -np "$ranks" "$@"
 }
 
-# make_tiny_run ROWS MAX_NEW_TOKENS: policy/, reward/ and recipe.cfg here: two iterations on real rows, three held-out prompts.
+# ranks_of LAUNCHER PROGRAM: the processes of PROGRAM that LAUNCHER started, however deep; never those of another test.
+ranks_of() {
+    local process name
+    for process in $(cat "/proc/$1/task"/*/children 2>/dev/null); do
+        read -r name 2>/dev/null <"/proc/$process/comm" || continue
+        if [ "$name" = "$2" ]; then echo "$process"; else ranks_of "$process" "$2"; fi
+    done
+}
+
+# comes_to LAUNCHER CONDITION...: waits until CONDITION holds; false where LAUNCHER has ended before. It looks every few
+# milliseconds: what is to be met lasts much longer, on a fast machine too.
+comes_to() {
+    local launcher=$1
+    shift
+    until "$@" 2>/dev/null; do
+        kill -0 "$launcher" 2>/dev/null || return 1
+        sleep 0.003
+    done
+}
+exists() { compgen -G "$1" >/dev/null; }                                # exists PATTERN: a file of that name
+holds() { [ "$(cat "$1"/* 2>/dev/null | wc -c)" -gt "$2" ]; }           # holds DIRECTORY BYTES: more than so many
+has_lines() { [ "$(wc -l 2>/dev/null <"$1" || echo 0)" -ge "$2" ]; }    # has_lines FILE COUNT: at least so many
+
+# freeze LAUNCHER PROGRAM CONDITION...: stops the processes of PROGRAM, `frozen`, in the moment when CONDITION holds.
+freeze() {
+    local launcher=$1 program=$2
+    shift 2
+    checks=$((checks + 1))
+    comes_to "$launcher" "$@" || fail "$program had ended before: $*"
+    frozen=$(ranks_of "$launcher" "$program")
+    # shellcheck disable=SC2086
+    kill -STOP $frozen || fail "there is no $program to stop"
+}
+
+# make_tiny_run ROWS MAX_NEW_TOKENS [LAYERS]: policy/, reward/ and recipe.cfg here: two iterations on real rows, three held-out prompts.
 make_tiny_run() {
-    "$SELM_TOOL_DIR/selm_tiny_model_tool" policy seed=1
+    "$SELM_TOOL_DIR/selm_tiny_model_tool" policy seed=1 "layers=${3:-2}"
     "$SELM_TOOL_DIR/selm_tiny_model_tool" reward seed=2 classifier
     cat >recipe.cfg <<CFG
 [run]

@@ -9,27 +9,19 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd "$work"
 rows=96
-make_tiny_run $rows 48
+make_tiny_run $rows 48 24 # of that depth, and row by row: a phase takes a hundred times as long as it takes to stop it
 sed -i -e '/^test/d' -e 's/^iterations.*/iterations = 1/' -e 's/^ranker.*/update-rule = offline/' \
-    -e 's/^learning-rate.*/checkpoint-every = 10/' -e 's/^global-batch.*/global-batch = 1/' recipe.cfg
+    -e 's/^learning-rate.*/checkpoint-every = 10/' -e 's/^global-batch.*/global-batch = 1/' -e 's/^max-new-tokens.*/&\nslots = 1/' recipe.cfg
 
-# start_and_freeze FILE: begins or continues the run and stops its ranks once FILE has content.
+# start_and_freeze CONDITION...: begins or continues the run and stops its ranks once CONDITION holds.
 start_and_freeze() {
-    local tries=0
-    mpi 2 timeout 120 "$bin/selm_iter" --config recipe.cfg --run "$work/run" --progress off >run.log 2>&1 &
+    mpi 2 timeout 120 "$bin/selm_iter" --config recipe.cfg --run run --progress off >run.log 2>&1 &
     launcher=$!
-    until find run -path "run/$1" -size +0 2>/dev/null | grep -q . || [ $tries -gt 1500 ]; do
-        tries=$((tries + 1))
-        sleep 0.02
-    done
-    # shellcheck disable=SC2016
-    ranks=$(pgrep -f "selm_iter --config recipe.cfg --run $work/run" | xargs -r -n1 sh -c 'grep -q "^selm_iter" /proc/$0/comm 2>/dev/null && echo $0' || true)
-    # shellcheck disable=SC2086
-    kill -STOP $ranks || fail "no ranks run: $(cat run.log)"
+    freeze "$launcher" selm_iter "$@"
 }
 kill_ranks() {
     # shellcheck disable=SC2086
-    kill -9 $ranks || true
+    kill -9 $frozen || true
     wait "$launcher" || true
 }
 fingerprint() { find run -type f -exec cksum {} + | sort; }
@@ -37,7 +29,7 @@ fingerprint() { find run -type f -exec cksum {} + | sort; }
 expect 65 'does not exist' "$bin/selm_iter" --run run --status
 
 # --- generation: the ranks are alive, then dead
-start_and_freeze 'iter1/iter.h5.journal/*.log'
+start_and_freeze holds run/iter1/iter.h5.journal 2000
 before=$(fingerprint)
 expect 0 'run: 0 of 1 iterations' "$bin/selm_iter" --run run --status
 expect_count 1 "generate +under way +[1-9][0-9]*/$rows rows"
@@ -49,7 +41,7 @@ expect 0 "generate +under way +[1-9][0-9]*/$rows rows" "$bin/selm_iter" --run ru
 expect 0 '"state": "under way"' "$bin/selm_iter" --run run --status --format json
 
 # --- training
-start_and_freeze 'iter1/policy/metrics.jsonl'
+start_and_freeze has_lines run/iter1/policy/metrics.jsonl 2
 kill_ranks
 expect 0 "train +under way +[0-9]+/$rows steps" "$bin/selm_iter" --run run --status
 expect_count 1 "generate +done +$rows rows"
