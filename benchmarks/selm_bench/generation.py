@@ -4,7 +4,7 @@ import os
 
 from .harness import Comparison, Contestant, Work, number
 from .roofline import Decoder
-from .shared import element_bytes, figures, ours_name, remove, take, torch_options, without
+from .shared import chosen, element_bytes, figures, ours_name, remove, take, torch_options
 
 TARGETS = {"16x64": (18, 2.5), "32x128": (10, 3.5)}
 
@@ -15,8 +15,8 @@ class Point:
     def __init__(self, bench, rows, tokens):
         self.bench, self.rows, self.tokens = bench, rows, tokens
         self.prefs = bench.imported(rows, f"prefs-{rows}.h5")
-        self.prompts = bench.path(f"prompts-{rows}.jsonl")
-        bench.python("encode", "prompts", "--model", bench.a.model, "--data", bench.data, "--rows", rows, "--output", self.prompts)
+        self.prompts = bench.made(f"prompts-{rows}.jsonl",
+                                  lambda path: bench.python("encode", "prompts", "--model", bench.a.model, "--data", bench.data, "--rows", rows, "--output", path))
         with open(self.prompts) as file:
             self.lengths = [line.count(",") + 1 for line in file]
         self.reference_answers = None
@@ -53,9 +53,7 @@ class Point:
 
     def llama(self, repetition):
         bench = self.bench
-        path = bench.path("model.gguf")
-        if not os.path.exists(path):
-            bench.python("make_gguf", bench.a.model, path, bench.a.dtype)
+        path = bench.made("model.gguf", lambda path: bench.python("make_gguf", bench.a.model, path, bench.a.dtype))
         return self.compared(bench.python("llama_generate", "--gguf", path, "--prompts", self.prompts, "--new-tokens", self.tokens, "--threads", bench.a.ranks,
                                           "--end", end_token(bench.a.model), *(["--gpu-layers", 999] if bench.a.device == "cuda" else []), memory=True))
 
@@ -80,7 +78,7 @@ def make(bench, rows, tokens):
     ours, one, hf, llama = ours_name(ranks), ours_name(1), "transformers generate", "llama.cpp"
     fewer = bench.a.peer_repetitions
     slow = fewer or (1 if bench.a.quick else 0)
-    contestants = [Contestant(ours, lambda r: point.ours(ranks, r)), Contestant(llama, point.llama, fewer or (2 if bench.a.quick else 0)), Contestant(hf, point.transformers, slow)]
+    contestants = [Contestant(ours, lambda r: point.ours(ranks, r), warm_up=True), Contestant(llama, point.llama, fewer or (2 if bench.a.quick else 0)), Contestant(hf, point.transformers, slow)]
     if ranks > 1:
         contestants.insert(1, Contestant(one, lambda r: point.ours(1, r)))
     notes = ["transformers: left-padded batches of 16; llama.cpp: all sequences decoded together, a stream of keys and values each, flash attention as it chooses. "
@@ -94,5 +92,5 @@ def make(bench, rows, tokens):
                    Comparison(phase, ours, llama, "tokens_per_s", llama_target, peer_text="llama.cpp, same weights, parallel sequences"),
                    Comparison(phase, ours, "", "roofline_share", 0.6 if hf_target else None, peer_text="roofline of decode and prefill"),
                    Comparison(phase, ours, one, "tokens_per_s", 1.9 if hf_target else None, peer_text="ours on 1 rank")]
-    return Work(f"generate-{name}", f"Greedy answers: {rows} prompts x {tokens} new tokens", "new tokens/s", "tokens_per_s", without(contestants, bench.a.skip),
+    return Work(f"generate-{name}", f"Greedy answers: {rows} prompts x {tokens} new tokens", "new tokens/s", "tokens_per_s", chosen(contestants, bench),
                 comparisons, notes)

@@ -18,7 +18,7 @@ from . import machine
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 PEERS = os.path.join(ROOT, "benchmarks", "selm_bench", "peers")
-WORKS = ["generate", "rank", "reward", "logprob", "train", "import", "tokenizers", "collectives", "startup", "write", "adamw"]
+WORKS = ["generate", "rank", "reward", "logprob", "train", "import", "tokenizers", "collectives", "startup", "write", "adamw", "kernels"]
 MPI = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMPI_MCA_mpi_yield_when_idle": "1", "OMP_NUM_THREADS": "1"}
 
 
@@ -28,6 +28,7 @@ class Contestant:
     name: str
     run: Callable[[int], dict]
     repetitions: int = 0  # 0: as many as asked for
+    warm_up: bool = False  # runs once before everything, unrecorded; peers in Python warm up in their own process
 
 
 @dataclass
@@ -52,6 +53,7 @@ class Work:
     comparisons: list
     notes: list = field(default_factory=list)
     repetitions: int = 0  # 0: as many as asked for
+    in_summary: bool = True
     measured_before: bool = False  # by one program that took turns itself: samples are only handed on
     others_cores: float = 0.0  # meanwhile
 
@@ -75,14 +77,36 @@ class Bench:
 
     def __init__(self, arguments):
         self.a = arguments
-        self.work = tempfile.mkdtemp(prefix="selm-benchmark-", dir=arguments.scratch)
+        self.work = self.kept(arguments.keep) if arguments.keep else tempfile.mkdtemp(prefix="selm-benchmark-", dir=arguments.scratch)
         self.data = arguments.data
         self.cached_roofline = {}
         self.running = None
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
+    def kept(self, directory):
+        """A directory of inputs that stay for later runs: of one model, reward model, data, dtype and ranker."""
+        os.makedirs(directory, exist_ok=True)
+        of, record = {name: getattr(self.a, name) for name in ("model", "reward", "data", "dtype", "layers")}, os.path.join(directory, "made_of.json")
+        if not os.path.exists(record):
+            with open(record, "w") as file:
+                json.dump(of, file)
+        with open(record) as file:
+            if json.load(file) != of:
+                sys.exit(f"benchmarks/run: the inputs in {directory} were made of other things ({record}). Pass another --keep")
+        return directory
+
     def path(self, name):
         return os.path.join(self.work, name)
+
+    def made(self, name, make):
+        """An input that is made once: make(path) writes it under another name first, so that what has the name is whole."""
+        path, part = self.path(name), self.path("part-" + name)
+        if not os.path.exists(path):
+            for left in (part, part + ".journal"):
+                shutil.rmtree(left) if os.path.isdir(left) else os.path.exists(left) and os.remove(left)
+            make(part)
+            os.rename(part, path)
+        return path
 
     def close(self):
         """Ends what still runs when the run is cut off, and removes the data."""
@@ -94,7 +118,20 @@ class Bench:
                 os.killpg(self.running.pid, signal.SIGKILL)
             except ProcessLookupError:
                 pass
-        shutil.rmtree(self.work, ignore_errors=True)
+        if not self.a.keep:
+            shutil.rmtree(self.work, ignore_errors=True)
+
+    def note(self, name, value):
+        """Something that one side found and another is compared with, also in a later run on the same inputs."""
+        with open(self.path(f"noted-{name}.json"), "w") as file:
+            json.dump(value, file)
+
+    def noted(self, name):
+        path = self.path(f"noted-{name}.json")
+        if not os.path.exists(path):
+            return None
+        with open(path) as file:
+            return json.load(file)
 
     def command(self, words, environment=None, memory=False):
         """Runs a command; {"out", "wall_s", "peak_rss_bytes" of the process itself, "pss_bytes" where asked for}."""
@@ -153,23 +190,22 @@ class Bench:
         return dict(done, **json.loads(lines[-1]))
 
     def imported(self, rows, name):
-        if not os.path.exists(self.path(name)):
-            self.selm("selm_import", "--input", self.data, "--rows", f"0:{rows}", "--output", self.path(name), ranks=1)
-        return self.path(name)
+        return self.made(name, lambda path: self.selm("selm_import", "--input", self.data, "--rows", f"0:{rows}", "--output", path, ranks=1))
 
     def with_answers(self, rows):
         """An iteration file whose generated answers are the next row's chosen ones: texts of real lengths; and the lines it was made of."""
-        lines, path = self.path(f"answers-{rows}.jsonl"), self.path(f"answers-{rows}.h5")
-        if not os.path.exists(path):
+        def write_lines(path):
             with open(self.data) as file:
                 sample = [json.loads(line) for _, line in zip(range(rows + 1), file)]
-            with open(lines, "w") as out:
+            with open(path, "w") as out:
                 for row, following in zip(sample, sample[1:]):
                     response = following["chosen"][-1]["content"]
                     out.write(json.dumps({"prompt_id": row["prompt_id"], "response": response, "messages": row["chosen"][:-1], "prompt": row["prompt"],
                                           "answers": [response, row["chosen"][-1]["content"], row["rejected"][-1]["content"]]}) + "\n")
-            self.selm("selm_gen", "--data", self.imported(rows, f"prefs-{rows}.h5"), "--responses", lines, "--output", path, ranks=1)
-        return path, lines
+
+        lines = self.made(f"answers-{rows}.jsonl", write_lines)
+        prefs = self.imported(rows, f"prefs-{rows}.h5")
+        return self.made(f"answers-{rows}.h5", lambda path: self.selm("selm_gen", "--data", prefs, "--responses", lines, "--output", path, ranks=1)), lines
 
     def roofline(self, ranks=None):
         """Peaks of `ranks` cores at once, measured once in a run: {"flops": per s, "bytes": per s, samples}."""
@@ -190,23 +226,40 @@ def number(pattern, text):
     return float(found.group(1))
 
 
-def measure(work, repetitions, save, log=lambda text: print(text, file=sys.stderr, flush=True)):
-    """All contestants in turns, every second time in the opposite order. A contestant that fails is left out, with the reason."""
+def measure(work, repetitions, save, log=lambda text: print(text, file=sys.stderr, flush=True), before=None):
+    """All contestants in turns, every second time in the opposite order. A contestant that fails is left out, with the reason.
+    Samples are added to those of @p before, an earlier result of the same work."""
     result = {"work": work.name, "what": work.what, "unit": work.unit, "key": work.key, "notes": list(work.notes), "left_out": {},
-              "samples": {contestant.name: [] for contestant in work.contestants}}
+              "samples": dict(before["samples"] if before else {})}
+    for contestant in work.contestants:
+        result["samples"].setdefault(contestant.name, [])
+    if before:
+        names = {contestant.name for contestant in work.contestants}
+        result["left_out"] = {name: reason for name, reason in before["left_out"].items() if name not in names}
+    run = len(before["runs"]) if before else 0
+
+    def attempt(contestant, repetition):
+        try:
+            return contestant.run(repetition)
+        except Failed as error:
+            log(f"{work.name}: {contestant.name}: {error}")
+            result["left_out"][contestant.name] = reason_of(error)
+            save(result)
+            return None
+
+    for contestant in work.contestants:
+        if contestant.warm_up:
+            attempt(contestant, 0)
     for repetition in range(repetitions):
         for contestant in (work.contestants if repetition % 2 == 0 else reversed(work.contestants)):
             wanted = min(contestant.repetitions or repetitions, repetitions)
             if repetition >= wanted or contestant.name in result["left_out"]:
                 continue
             others = machine.Others(time.perf_counter)
-            try:
-                sample = contestant.run(repetition)
-            except Failed as error:
-                log(f"{work.name}: {contestant.name}: {error}")
-                result["left_out"][contestant.name] = reason_of(error)
-                save(result)
+            sample = attempt(contestant, repetition)
+            if sample is None:
                 continue
+            sample["run"] = run
             sample["others_cores"] = work.others_cores if work.measured_before else others.cores()
             result["samples"][contestant.name].append(sample)
             save(result)
@@ -226,8 +279,11 @@ def parse(words, doc):
     parser.add_argument("--ranks", type=int, default=2, help="of ours, one thread each; the peers' threads (2)")
     parser.add_argument("--rows", type=int, help="prompts, pairs or ranked rows")
     parser.add_argument("--layers", type=int, default=24, help="of the pair ranker (24: PairRM's size)")
-    parser.add_argument("--points", help="generate: PROMPTSxTOKENS,... (16x64,32x128)")
+    parser.add_argument("--points", help="generate: PROMPTSxTOKENS,... (16x64,32x128); kernels: a regular expression (all)")
     parser.add_argument("--skip", default="", help="contestants that are left out, words of their names with commas between (trl,deepspeed,1 rank)")
+    parser.add_argument("--only", default="", help="the contestants that run, words of their names with commas between (all)")
+    parser.add_argument("--add", action="store_true", help="to the samples of an earlier run of the same work on the same machine")
+    parser.add_argument("--keep", metavar="DIR", help="inputs (imported rows, token ids, converted weights) are taken from here, and stay here")
     parser.add_argument("--deepspeed", action="store_true", help="train: also DeepSpeed's ZeRO-1 on CPU ranks (compiles its communication first)")
     parser.add_argument("--limit", type=float, default=3600, help="seconds of one repetition of one side; then it is ended and left out (3600)")
     parser.add_argument("--tokens-per-microbatch", type=int, default=2048)
@@ -241,5 +297,5 @@ def parse(words, doc):
     arguments = parser.parse_args(words)
     if arguments.ranks < 1 or (arguments.repetitions is not None and arguments.repetitions < 1):
         parser.error("--ranks and --repetitions begin at 1")
-    arguments.skip = [word.strip() for word in arguments.skip.split(",") if word.strip()]
+    arguments.skip, arguments.only = ([word.strip() for word in words.split(",") if word.strip()] for words in (arguments.skip, arguments.only))
     return arguments

@@ -2,11 +2,12 @@
 
 usage: benchmarks/run WORK|all|summary [options]      (benchmarks/setup first, and scripts/build or scripts/test)
 
-WORK is one of generate, rank, reward, logprob, train, import, tokenizers, collectives, startup, write, adamw. Ours: mpirun with one thread a
+WORK is one of generate, rank, reward, logprob, train, import, tokenizers, collectives, startup, write, adamw, kernels. Ours: mpirun with one thread a
 rank; a peer: one process with as many threads. Each is run in turns after a warm-up, 3 times (short ones 10); results go to
 benchmarks/results/WORK-DTYPE.json (hardware, versions, commit, command, every sample, what other processes did meanwhile) and .md. `summary`
 makes benchmarks/results/summary.md of all JSON files there: phase, peer, target, what was reached. --quick: fewer rows and repetitions and
-only some of the peers, less than half an hour for `all` at fp32; the tables say what is left out. --device cuda is passed on (not tried on a GPU yet).
+only some of the peers, less than half an hour for `all` at fp32; the tables say what is left out. A series may be cut into pieces: --keep DIR makes
+inputs once, --add adds samples to a result, --only and --skip choose sides. --device cuda is passed on (not tried on a GPU yet).
 """
 
 import datetime
@@ -20,7 +21,7 @@ from .harness import ROOT, WORKS, Bench, Failed, measure, parse
 
 MAKERS = {"generate": generation.works, "rank": ranking.rank_works, "reward": ranking.reward_works, "logprob": pairs.logprob_works, "train": pairs.train_works,
           **system.WORKS}
-WITHOUT_DTYPE = {"import", "tokenizers", "collectives", "write", "adamw"}
+WITHOUT_DTYPE = {"import", "tokenizers", "collectives", "write", "adamw", "kernels"}
 MODULES = ("torch", "transformers", "trl", "llama-cpp-python", "tokenizers", "pyarrow", "h5py", "deepspeed")
 
 
@@ -46,32 +47,47 @@ def write(results, name, result):
     return text
 
 
+def earlier(results, name, work, about):
+    """The result that --add adds to, or none: of the same work on the same machine only."""
+    path = os.path.join(results, name + ".json")
+    if not os.path.exists(path):
+        return None
+    with open(path) as file:
+        before = json.load(file)
+    for what, there, here in (("work", before["what"], work.what), ("machine", before["hardware"], about["hardware"])):
+        if there != here:
+            raise Failed(f"--add: {path} is of another {what} ({there}, not {here}). Leave --add out, or pass other --results")
+    return before
+
+
 def run_work(bench, kind, make, about):
     """One work, measured and written after every repetition, so that what was measured stays when the run is cut off."""
-    load = os.getloadavg()[0]
+    load = os.getloadavg()[0]  # before the inputs are made
     others = machine.Others(time.perf_counter)
     work = make()
     if work.measured_before:
         work.others_cores = others.cores()
     dtype = "" if kind in WITHOUT_DTYPE else bench.a.dtype
     name = work.name + ("-" + dtype if dtype else "")
-    about = dict(about, dtype=dtype, ranks=bench.a.ranks, device=bench.a.device, load_before=load, comparisons=[vars(c) for c in work.comparisons])
     if dtype:
         work.what += f" ({dtype})"
+    before = earlier(bench.a.results, name, work, about) if bench.a.add else None
+    this_run = {key: about[key] for key in ("commit", "when", "command", "versions")}
+    this_run["load_before"] = load
+    about = {"hardware": about["hardware"], "dtype": dtype, "ranks": bench.a.ranks, "device": bench.a.device, "comparisons": [vars(c) for c in work.comparisons],
+             "in_summary": work.in_summary}
 
     def save(result):
-        result.update(about)
-        peaks = bench.cached_roofline.get(bench.a.ranks)
-        if peaks:
-            result["roofline"] = peaks
-            flops, bytes_ = peaks["flops"] / 1e9, peaks["bytes"] / 1e9
-            result["notes"] = [*work.notes, f"Peaks of {bench.a.ranks} cores at once in this run: {flops:.0f} GF/s in registers, {bytes_:.1f} GB/s of memory."]
+        if bench.a.ranks in bench.cached_roofline:
+            this_run["roofline"] = bench.cached_roofline[bench.a.ranks]
+        result.update(about, runs=[*(before["runs"] if before else []), this_run])
         write(bench.a.results, name, result)
 
     short = kind in ("import", "startup")
     repetitions = work.repetitions or bench.a.repetitions or ((3 if bench.a.quick else 10) if short else 3)
-    result = measure(work, repetitions, save)
-    print(report.work_table(result), flush=True)
+    result = measure(work, repetitions, save, before=before)
+    if result["samples"] and "runs" in result:
+        print(report.work_table(result), flush=True)
 
 
 def main(words):

@@ -6,7 +6,7 @@ import shutil
 
 from .harness import Comparison, Contestant, Failed, Work
 from .roofline import Decoder, branches
-from .shared import figures, ours_name, take, torch_options, without
+from .shared import chosen, figures, ours_name, take, torch_options
 
 BETA, STEPS, LEARNING_RATE = 0.1, 2, 1e-5  # large enough that the second step's loss is not log 2
 
@@ -16,11 +16,13 @@ class Pairs:
 
     def __init__(self, bench, rows):
         self.bench, self.rows = bench, rows
-        self.iter, self.ids = bench.path(f"ranked-{rows}.h5"), bench.path(f"pairs-{rows}.jsonl")
-        if not os.path.exists(self.iter):
-            shutil.copy(bench.with_answers(rows)[0], self.iter)
-            bench.selm("selm_rank", "--iter", self.iter, "--ranker", f"reward:{bench.a.reward}")
-            bench.python("encode", "pairs", "--model", bench.a.model, "--iter", self.iter, "--output", self.ids)
+
+        def rank(path):
+            shutil.copy(bench.with_answers(rows)[0], path)
+            bench.selm("selm_rank", "--iter", path, "--ranker", f"reward:{bench.a.reward}")
+
+        self.iter = bench.made(f"ranked-{rows}.h5", rank)
+        self.ids = bench.made(f"pairs-{rows}.jsonl", lambda path: bench.python("encode", "pairs", "--model", bench.a.model, "--iter", self.iter, "--output", path))
         with open(self.ids) as file:
             self.triples = [json.loads(line) for line in file]
         self.decoder = Decoder.read(bench.a.model)
@@ -54,13 +56,13 @@ def logprob_works(bench):
 
 def logprob_work(bench):
     pairs = Pairs(bench, bench.a.rows or (8 if bench.a.quick else 32))
-    ranks, ours_sums = bench.a.ranks, []
+    ranks = bench.a.ranks
 
     def ours(count):
         path = pairs.copy(f"logp-{count}.h5")
         found = pairs.log_probs(path, count)
         os.remove(path)
-        ours_sums[:], = take(found, "sums")
+        bench.note("sums", take(found, "sums")[0])
         seconds = found["seconds"]
         least = pairs.flops(False) / bench.roofline(count)["flops"]
         return {"seconds": seconds, "rows_per_s": pairs.rows / seconds, "idle_share": found["idle_share"], "roofline_s": least, "roofline_share": least / seconds,
@@ -68,19 +70,19 @@ def logprob_work(bench):
 
     def peer(repetition):
         done = bench.python("logprob", "--model", bench.a.model, "--pairs", pairs.ids, *torch_options(bench), memory=True)
-        sums, = take(done, "sums")
+        sums, ours_sums = take(done, "sums")[0], bench.noted("sums") or []
         difference = max((abs(a - b) / max(1.0, abs(a)) for x, y in zip(sums, ours_sums) for a, b in zip(x, y) if a is not None and b == b), default=None)
         return {"seconds": done["seconds"], "rows_per_s": pairs.rows / done["seconds"], "padded_tokens": done["padded_tokens"], "wall_s": done["wall_s"],
                 "pss_bytes": done["pss_bytes"], "largest_relative_difference": difference}
 
     name, one, hf = ours_name(ranks), ours_name(1), "transformers forward"
-    contestants = [Contestant(name, lambda r: ours(ranks)), Contestant(hf, peer, bench.a.peer_repetitions or (2 if bench.a.quick else 0))]
+    contestants = [Contestant(name, lambda r: ours(ranks), warm_up=True), Contestant(hf, peer, bench.a.peer_repetitions or (2 if bench.a.quick else 0))]
     if ranks > 1:
         contestants.insert(1, Contestant(one, lambda r: ours(1)))
     comparisons = [Comparison("log-prob pass", name, hf, "rows_per_s", 4, peer_text="transformers forward of the same sequences, padded"),
                    Comparison("log-prob pass", name, "", "roofline_share", peer_text="arithmetic peak x counted FLOPs"),
                    Comparison("log-prob pass", name, one, "rows_per_s", 1.9, peer_text="ours on 1 rank")]
-    return Work("logprob", f"Log-probs of best, worst and generated answers of {pairs.rows} rows", "rows/s", "rows_per_s", without(contestants, bench.a.skip), comparisons,
+    return Work("logprob", f"Log-probs of best, worst and generated answers of {pairs.rows} rows", "rows/s", "rows_per_s", chosen(contestants, bench), comparisons,
                 ["Generated answers: the next row's chosen one. Seconds of the pass itself; models are loaded before. Sums agree as `largest_relative_difference` in the JSON file says."])
 
 
@@ -114,7 +116,7 @@ class Training:
         bench, pairs = self.bench, self.pairs
         options = ["--dtype", torch_options(bench)[1], "--ranks", bench.a.ranks] if script == "zero_step" else torch_options(bench)
         done = bench.python(script, "--model", bench.a.model, "--pairs", pairs.ids, "--micro-batch", min(2, pairs.rows // STEPS), "--steps", STEPS, "--learning-rate",
-                            LEARNING_RATE, "--beta", BETA,                            *options, *words, memory=True)
+                            LEARNING_RATE, "--beta", BETA, *options, *words, memory=True)
         return self.sample(done["seconds"], loss=done["loss"], wall_s=done["wall_s"], pss_bytes=done["pss_bytes"], **{k: done[k] for k in ("train_s", "precompute_s") if k in done})
 
 
@@ -154,4 +156,4 @@ def train_work(bench):
              "every sample in the JSON file is the second step's, which the first one's update has moved away from log 2.", "Proportional set size: the larger of our two programs, all ranks."]
     if bench.a.quick:
         notes.append("--quick: peers once.")
-    return Work("train", f"{STEPS} optimizer steps of {rows // STEPS} pairs, reference log-probs included", "pairs/s", "pairs_per_s", without(contestants, bench.a.skip), comparisons, notes)
+    return Work("train", f"{STEPS} optimizer steps of {rows // STEPS} pairs, reference log-probs included", "pairs/s", "pairs_per_s", chosen(contestants, bench), comparisons, notes)

@@ -4,7 +4,7 @@ import shutil
 
 from .harness import Comparison, Contestant, Work
 from .roofline import Deberta, Decoder, branches
-from .shared import TORCH_DTYPE, figures, ours_name, take, torch_options, without
+from .shared import TORCH_DTYPE, chosen, figures, ours_name, take, torch_options
 
 
 def largest_difference(a, b):
@@ -21,9 +21,9 @@ def rank_works(bench):
 def rank_work(bench):
     rows = bench.a.rows or 16  # a block of 8 rows for each of two ranks
     layers = bench.a.layers if not bench.a.quick or bench.a.layers != 24 else 1
-    ranker, (unranked, texts) = bench.path("pairrm"), bench.with_answers(rows)
-    bench.python("pairrm", "make", "--model", ranker, "--layers", layers)
-    ranks, kept = bench.a.ranks, {}
+    unranked, texts = bench.with_answers(rows)
+    ranker = bench.made(f"pairrm-{layers}", lambda path: bench.python("pairrm", "make", "--model", path, "--layers", layers))
+    ranks, noted = bench.a.ranks, f"pairrm-{layers}-{rows}"
 
     def ours(count):
         path = shutil.copy(unranked, bench.path(f"ranked-by-{count}.h5"))
@@ -31,20 +31,21 @@ def rank_work(bench):
         found = figures(bench, path, "rank")
         logits, = take(found, "logits")
         sample = {"seconds": found["seconds"], "rows_per_s": rows / found["seconds"], "idle_share": found["idle_share"], "wall_s": done["wall_s"], "pss_bytes": done["pss_bytes"]}
-        if "lengths" in kept:
+        kept = bench.noted(noted)
+        if kept:
             least = Deberta(layers).forward(kept["lengths"]) / bench.roofline(count)["flops"]
             sample.update(roofline_s=least, roofline_share=least / found["seconds"], largest_logit_difference=largest_difference(logits, kept["logits"]))
         return sample
 
     def peer(repetition):
         done = bench.python("pairrm", "rank", "--model", ranker, "--pairs", texts, "--layers", layers, "--dtype", TORCH_DTYPE[bench.a.dtype], "--threads", ranks, memory=True)
-        kept["lengths"], kept["logits"] = take(done, "lengths", "logits")
+        bench.note(noted, dict(zip(("lengths", "logits"), take(done, "lengths", "logits"))))
         return {"seconds": done["seconds"], "rows_per_s": rows / done["seconds"], "padded_tokens": done["padded_tokens"],
                 "wall_s": done["wall_s"], "pss_bytes": done["pss_bytes"]}
 
     name, one, hf = ours_name(ranks), ours_name(1), "transformers as LLM-Blender"
     # The peer first: it counts the sequences' lengths.
-    contestants = [Contestant(hf, peer, bench.a.peer_repetitions or (1 if bench.a.quick else 0)), Contestant(name, lambda r: ours(ranks))]
+    contestants = [Contestant(hf, peer, bench.a.peer_repetitions or (1 if bench.a.quick else 0)), Contestant(name, lambda r: ours(ranks), warm_up=True)]
     if ranks > 1:
         contestants.append(Contestant(one, lambda r: ours(1)))
     size = "full size" if layers == 24 else f"{layers} of 24 layers"
@@ -55,7 +56,7 @@ def rank_work(bench):
     notes = ["Batches of 8 padded rows, six passes; the same cuts on both sides. Logits agree as `largest_logit_difference` in the JSON file says."]
     if layers != 24:
         notes.append("Fewer layers than PairRM's 24: cost is proportional to layers, but the encoding of the texts weighs more.")
-    return Work("rank", f"PairRM (DeBERTa-v3-large, {size}, random weights) on {rows} rows of 3 candidates", "rows/s", "rows_per_s", without(contestants, bench.a.skip),
+    return Work("rank", f"PairRM (DeBERTa-v3-large, {size}, random weights) on {rows} rows of 3 candidates", "rows/s", "rows_per_s", chosen(contestants, bench),
                 comparisons, notes)
 
 
@@ -66,7 +67,7 @@ def reward_works(bench):
 def reward_work(bench):
     rows = bench.a.rows or (8 if bench.a.quick else 32)
     unranked, texts = bench.with_answers(rows)
-    ranks, kept, decoder = bench.a.ranks, {}, Decoder.read(bench.a.reward)
+    ranks, decoder, noted = bench.a.ranks, Decoder.read(bench.a.reward), f"reward-{rows}"
 
     def ours(count):
         path = shutil.copy(unranked, bench.path(f"scored-by-{count}.h5"))
@@ -74,24 +75,26 @@ def reward_work(bench):
         found = figures(bench, path, "rank")
         scores, = take(found, "scores")
         sample = {"seconds": found["seconds"], "rows_per_s": rows / found["seconds"], "idle_share": found["idle_share"], "wall_s": done["wall_s"], "pss_bytes": done["pss_bytes"]}
-        if "flops" in kept:
+        kept = bench.noted(noted)
+        if kept:
             least = kept["flops"] / bench.roofline(count)["flops"]
             sample.update(roofline_s=least, roofline_share=least / found["seconds"], largest_score_difference=largest_difference(scores, kept["scores"]))
         return sample
 
     def peer(repetition):
         done = bench.python("reward", "--model", bench.a.reward, "--texts", texts, *torch_options(bench), memory=True)
-        lengths, kept["scores"], prompts = take(done, "lengths", "scores", "prompts")
-        kept["flops"] = sum(decoder.forward(*branches(prompt, [length - prompt + 1 for length in lengths[3 * i: 3 * i + 3]])[:2], 0) for i, prompt in enumerate(prompts))
+        lengths, scores, prompts = take(done, "lengths", "scores", "prompts")
+        flops = sum(decoder.forward(*branches(prompt, [length - prompt + 1 for length in lengths[3 * i: 3 * i + 3]])[:2], 0) for i, prompt in enumerate(prompts))
+        bench.note(noted, {"scores": scores, "flops": flops})
         return {"seconds": done["seconds"], "rows_per_s": rows / done["seconds"], "padded_tokens": done["padded_tokens"],
                 "wall_s": done["wall_s"], "pss_bytes": done["pss_bytes"]}
 
     name, one, hf = ours_name(ranks), ours_name(1), "transformers classification"
-    contestants = [Contestant(hf, peer, bench.a.peer_repetitions or (2 if bench.a.quick else 0)), Contestant(name, lambda r: ours(ranks))]
+    contestants = [Contestant(hf, peer, bench.a.peer_repetitions or (2 if bench.a.quick else 0)), Contestant(name, lambda r: ours(ranks), warm_up=True)]
     if ranks > 1:
         contestants.append(Contestant(one, lambda r: ours(1)))
     comparisons = [Comparison("reward model", name, hf, "rows_per_s", 3, peer_text="transformers sequence classification, batch 8"),
                    Comparison("reward model", name, "", "roofline_share", peer_text="arithmetic peak x counted FLOPs"),
                    Comparison("reward model", name, one, "rows_per_s", 1.9, peer_text="ours on 1 rank")]
-    return Work("reward", f"Reward model (SmolLM2-135M with a head) on {rows} rows of 3 candidates", "rows/s", "rows_per_s", without(contestants, bench.a.skip), comparisons,
+    return Work("reward", f"Reward model (SmolLM2-135M with a head) on {rows} rows of 3 candidates", "rows/s", "rows_per_s", chosen(contestants, bench), comparisons,
                 ["Padded batches of 8 sequences; scores agree as `largest_score_difference` in the JSON file says."])

@@ -67,18 +67,39 @@ def others(result):
 
 def load_text(result):
     during = others(result)
-    text = f"load before the run {result['load_before']:.2f}, other processes during it {during:.2f} cores at most"
-    if during > machine.BUSY_CORES or result["load_before"] > 0.5:
-        text += "; **the machine was busy**"
-    return text
+    return f"other processes meanwhile {during:.2f} cores at most" + ("; **the machine was busy**" if during > machine.BUSY_CORES else "")
+
+
+def machine_text(hardware):
+    return f"{hardware['cpu']}, {hardware['cores']} cores ({', '.join(hardware['features'])}), {hardware['memory_gib']} GiB"
+
+
+def machine_name(hardware):
+    """Short: the CPU and the widest vectors it has."""
+    return " ".join([hardware["cpu"], *hardware["features"][-1:]])
+
+
+def each(result, key):
+    """What the runs of a result say, each once, in their order."""
+    return list(dict.fromkeys(run[key] for run in result["runs"]))
+
+
+def peaks_text(result):
+    peaks = [run["roofline"] for run in result["runs"] if "roofline" in run]
+    if not peaks:
+        return []
+    between = lambda values, form: " to ".join(dict.fromkeys(format(value / 1e9, form) for value in (min(values), max(values))))
+    return [f"Peaks of {peaks[0]['ranks']} cores at once, measured in the same runs: {between([p['flops'] for p in peaks], '.0f')} GF/s in registers, "
+            f"{between([p['bytes'] for p in peaks], '.1f')} GB/s of memory."]
 
 
 def work_table(result):
-    where, key = result["hardware"], result["key"]
+    key, commands = result["key"], each(result, "command")
     lines = [f"# {result['what']}",
-             f"{where['cpu']}, {where['cores']} cores ({', '.join(where['features'])}), {where['memory_gib']} GiB; {load_text(result)}.",
-             f"{result['when']}, commit {result['commit']}; {result['versions']}.",
-             f"`{result['command']}`; median (lowest to highest) of runs in turns, after a warm-up.", "",
+             f"{machine_text(result['hardware'])}; {load_text(result)}.",
+             f"{', '.join(each(result, 'when'))}, commit {', '.join(each(result, 'commit'))}; {'; '.join(each(result, 'versions'))}.",
+             f"`{commands[0]}`" + (f" and {len(result['runs']) - 1} more runs added to it" if len(result["runs"]) > 1 else "")
+             + "; median (lowest to highest) of runs in turns, after a warm-up.", "",
              f"| | {result['unit']} | runs | proportional set size GiB | peak resident GiB |", "|---|---|---|---|---|"]
     for name, samples in result["samples"].items():
         if samples:
@@ -89,7 +110,7 @@ def work_table(result):
         median, low, high, verdict = judge(result, comparison)
         value = shown(median, comparison) + (f" ({shown(low, comparison)} to {shown(high, comparison)})" if median is not None else "")
         lines.append(f"| {comparison['ours']}: {comparison['phase']} | {comparison['peer_text'] or comparison['peer']} | {value} | {target_text(comparison)} | {verdict} |")
-    lines += ["", *result["notes"]]
+    lines += ["", *result["notes"], *peaks_text(result)]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -109,9 +130,12 @@ def summary(directory):
     results = read_results(directory)
     lines = ["# Against peers: what was reached", "Made by `benchmarks/run summary` from the JSON files beside it; each has its own table (.md) with samples, memory and load.", "",
              "| phase | dtype | against | target | reached (lowest to highest) | | runs | machine |", "|---|---|---|---|---|---|---|---|"]
-    commits = set()
+    machines = {}
     for result in results:
-        commits.add(result["commit"])
+        if not result.get("in_summary", True):
+            continue
+        machines.setdefault(machine_name(result["hardware"]), (machine_text(result["hardware"]), set()))[1].update(each(result, "commit"))
+        busy = "busy" if others(result) > machine.BUSY_CORES else "quiet"
         for comparison in result["comparisons"]:
             median, low, high, verdict = judge(result, comparison)
             if median is None:
@@ -122,11 +146,9 @@ def summary(directory):
             runs = len(result["samples"].get(comparison["ours"], []))
             if comparison["peer"]:
                 runs = f"{runs}, {len(result['samples'].get(comparison['peer'], []))}"
-            busy = "busy" if others(result) > machine.BUSY_CORES or result["load_before"] > 0.5 else "quiet"
             lines.append(f"| {comparison['phase']} | {result['dtype']} | {comparison['peer_text'] or comparison['peer']} | {target_text(comparison)} | {reached} | {verdict} | "
-                         f"{runs} | {busy} |")
-    if results:
-        where = results[0]["hardware"]
-        lines += ["", f"{where['cpu']}, {where['cores']} cores ({', '.join(where['features'])}), {where['memory_gib']} GiB; commits {', '.join(sorted(commits))}.",
-                  "Runs: ours, the peer. Shares: of the least time that counted FLOPs and bytes allow at the peaks measured in the same run."]
+                         f"{runs} | {machine_name(result['hardware'])}, {busy} |")
+    lines += ["", *(f"{name}: {text}; commits {', '.join(sorted(commits))}." for name, (text, commits) in machines.items()),
+              "Runs: ours, the peer. Shares: of the least time that counted FLOPs and bytes allow at the peaks measured in the same run. "
+              "Busy: other processes used 0.15 cores or more during a run."]
     return "\n".join(lines) + "\n"

@@ -28,8 +28,10 @@ def take(sample, *names):
     return [sample.pop(name, None) for name in names]
 
 
-def without(contestants, skip):
-    return [contestant for contestant in contestants if not any(word in contestant.name for word in skip)]
+def chosen(contestants, bench):
+    """Without those that --skip names or --only does not."""
+    named = lambda contestant, words: any(word in contestant.name for word in words)
+    return [c for c in contestants if not named(c, bench.a.skip) and (not bench.a.only or named(c, bench.a.only))]
 
 
 def remove(*paths):

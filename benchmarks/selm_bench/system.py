@@ -2,11 +2,12 @@
 
 import json
 import os
+import shutil
 import statistics
 import sys
 
 from .harness import ROOT, Comparison, Contestant, Failed, Work
-from .shared import remove, without
+from .shared import chosen, remove
 
 DATA_SET_ROWS = 61135  # UltraFeedback, binarized
 
@@ -16,10 +17,8 @@ def import_works(bench):
 
 
 def data_set(bench):
-    path = bench.path("rows.parquet")
-    if not os.path.exists(path):
-        bench.python("make_rows", bench.data, path, bench.a.rows or DATA_SET_ROWS)
-    return path
+    rows = bench.a.rows or DATA_SET_ROWS
+    return bench.made(f"rows-{rows}.parquet", lambda path: bench.python("make_rows", bench.data, path, rows))
 
 
 def import_work(bench):
@@ -43,16 +42,17 @@ def import_work(bench):
         return {"rows_per_s": rows / done["wall_s"], "seconds": done["wall_s"], "inside_s": done["seconds"], "peak_rss_bytes": done["peak_rss_bytes"], "pss_bytes": done["pss_bytes"]}
 
     name, columns, loop = "ours, 1 process", "pyarrow and h5py, whole columns", "pyarrow and h5py, rows as objects"
-    contestants = [Contestant(name, ours), Contestant(columns, lambda r: peer("importer")), Contestant(loop, lambda r: peer("import_loop"))]
+    contestants = [Contestant(name, ours, warm_up=True), Contestant(columns, lambda r: peer("importer")), Contestant(loop, lambda r: peer("import_loop"))]
     phase = f"import of {rows:,} rows from Parquet"
     comparisons = [Comparison(phase, name, columns, "rows_per_s", 2, peer_text="pyarrow + h5py script, whole columns at once"),
                    Comparison(phase, name, loop, "rows_per_s", 2, peer_text="pyarrow + h5py script, rows as Python objects"),
                    Comparison(phase + ": peak resident GiB", name, "", "gib", 0.931, True, "1 GB")]
-    return Work("import", f"Import of {rows:,} rows from Parquet", "rows/s", "rows_per_s", without(contestants, bench.a.skip), comparisons,
+    return Work("import", f"Import of {rows:,} rows from Parquet", "rows/s", "rows_per_s", chosen(contestants, bench), comparisons,
                 ["Whole processes, starting up included (both sides); every dataset of the scripts is compared with ours. Ours also checks rows, computes digests and syncs to the disk."])
 
 
 def tokenizer_works(bench):
+    shutil.rmtree(bench.path("tokenizers"), ignore_errors=True)
     made = bench.python("tokenizing", "make", bench.path("tokenizers"), bench.a.model, bench.data)
     for name in made["made"]:
         yield lambda name=name: tokenizer_work(bench, name, made["missing"])
@@ -121,9 +121,8 @@ def startup_work(bench):
         return {"per_s": 1 / done["seconds"], "seconds": done["seconds"]}
 
     name, python = f"ours, {processes} ranks", f"{processes} interpreters"
-    ours(0), peer(0)  # files into the page cache
     comparisons = [Comparison(f"mpirun -np {processes} selm_gen to the first token", name, python, "per_s", 5, peer_text=f"{processes} interpreters importing torch and transformers")]
-    return Work("startup", f"Starting {processes} processes on {os.cpu_count()} cores", "starts/s", "per_s", without([Contestant(name, ours), Contestant(python, peer)], bench.a.skip),
+    return Work("startup", f"Starting {processes} processes on {os.cpu_count()} cores", "starts/s", "per_s", chosen([Contestant(name, ours, warm_up=True), Contestant(python, peer, warm_up=True)], bench),
                 comparisons, ["Ours: the whole command from mpirun to its end, with the model loaded, one new token for each of 16 prompts and the file written. "
                               "The interpreters import and end; they load no model."])
 
@@ -141,10 +140,9 @@ def samples_work(name, what, unit, key, samples, comparisons, notes):
 
 
 def write_work(bench):
-    prefs, folder = bench.path("data-set.h5"), bench.path("writing")
+    source, folder = data_set(bench), bench.path("writing")
+    prefs = bench.made(os.path.basename(source) + ".h5", lambda path: bench.command([bench.program("selm_import"), "--input", source, "--output", path]))
     os.makedirs(folder, exist_ok=True)
-    if not os.path.exists(prefs):
-        bench.command([bench.program("selm_import"), "--input", data_set(bench), "--output", prefs])
     repetitions = bench.a.repetitions or (5 if bench.a.quick else 10)
     done = json.loads(bench.mpirun(4, bench.tool("selm_write_benchmark"), prefs, folder, repetitions)["out"].strip().splitlines()[-1])
     rate = lambda seconds: [{"gb_per_s": done["bytes"] / s / 1e9, "seconds": s} for s in seconds]
@@ -197,4 +195,29 @@ def collective_work(bench):
                         ["`benchmarks/comm/run` has all sizes, and what ours does more than the plain call."])
 
 
-WORKS = {"import": import_works, "tokenizers": tokenizer_works, "collectives": collective_works, "startup": startup_works, "write": write_works, "adamw": adamw_works}
+def kernel_works(bench):
+    yield lambda: kernel_work(bench)
+
+
+def kernel_work(bench):
+    """Every kernel of the fast engine beside its twin of the reference engine, one core; the program takes them in random turns."""
+    repetitions = bench.a.repetitions or (3 if bench.a.quick else 10)
+    done = bench.command([bench.tool("kernels_benchmark"), "--benchmark_format=json", f"--benchmark_repetitions={repetitions}", "--benchmark_min_time=0.05",
+                          "--benchmark_enable_random_interleaving=true", *([f"--benchmark_filter={bench.a.points}"] if bench.a.points else [])])
+    engine, _, text = done["out"].partition("\n{")
+    samples, comparisons = {}, []
+    for line in json.loads("{" + text)["benchmarks"]:
+        if line["run_type"] == "iteration":
+            samples.setdefault(line["run_name"], []).append({"gflops": line.get("flops", 0) / 1e9, "per_s": 1e3 / line["real_time"], "gb_per_s": line.get("bytes", 0) / 1e9})
+    for name in samples:
+        fast, _, kernel = name.partition("/")
+        if fast == "xsmm" and "aten/" + kernel in samples:
+            comparisons.append(Comparison(kernel, name, "aten/" + kernel, "per_s", peer_text="reference twin (ATen)"))
+    work = samples_work("kernels", "Kernels of the fast engine beside their reference twins, one core", "GF/s", "gflops", samples, comparisons,
+                        [f"{engine.strip()}. Names end with outputs, inputs, rows (linear), lengths of prompt and answers (attention), rows of the rest. GF/s are useful operations; "
+                         "both engines take the same weights, which are in no cache when their turn comes. Ratio: times."])
+    work.in_summary = False
+    return work
+
+
+WORKS = {"import": import_works, "tokenizers": tokenizer_works, "collectives": collective_works, "startup": startup_works, "write": write_works, "adamw": adamw_works, "kernels": kernel_works}

@@ -72,8 +72,9 @@ for i, sample in enumerate(result["samples"]["ours"]):
     sample.update(others_cores=0.0, some_share=0.6)
 for sample in itertools.chain.from_iterable(v for k, v in result["samples"].items() if k != "ours"):
     sample["others_cores"] = 0.01
-result.update(comparisons=[vars(c) for c in comparisons], hardware={"cpu": "Toy", "cores": 2, "features": ["avx2"], "memory_gib": 1.0}, load_before=0.1,
-              versions="none", when="today", commit="c0ffee", command="benchmarks/run toy", dtype="fp32")
+result.update(comparisons=[vars(c) for c in comparisons], hardware={"cpu": "Toy", "cores": 2, "features": ["avx2", "fma"], "memory_gib": 1.0}, dtype="fp32",
+              runs=[{"versions": "none", "when": "today", "commit": "c0ffee", "command": "benchmarks/run toy", "load_before": 0.1,
+                     "roofline": {"ranks": 2, "flops": 2e11, "bytes": 2e10}}])
 judged = [report.judge(result, c) for c in result["comparisons"]]
 assert judged[0] == (10.0, 5.0, 15.0, "met"), judged[0]
 assert judged[1][0] == 10.0 and judged[1][3] == "not met"     # against the peer's only sample
@@ -84,6 +85,29 @@ with open("toy-fp32.json", "w") as file:
 table = report.work_table(result)
 assert "busy" not in table
 assert "| broken | not run: no such thing" in table, table
+assert "200 GF/s in registers, 20.0 GB/s" in table, table
+
+# A second run adds to it: samples of the broken one, which has no reason to be left out any more, and no other ones of the rest.
+order.clear()
+again = harness.Work("toy", "A toy", "x/s", "rate", [harness.Contestant("broken", lambda r: order.append(r) or {"rate": 4.0}, warm_up=True)], comparisons)
+added = harness.measure(again, 2, lambda r: None, log=lambda text: None, before=json.loads(json.dumps(result)))
+assert order == [0, 0, 1], order
+assert {name: len(samples) for name, samples in added["samples"].items()} == {"ours": 3, "peer": 3, "once": 1, "broken": 3}
+assert [sample["run"] for sample in added["samples"]["broken"]] == [0, 1, 1] and added["left_out"] == {}
+
+# Inputs that are kept are made once, and are of one model.
+arguments = harness.parse(["train", "--keep", "kept"], "")
+bench = harness.Bench(arguments)
+for _ in range(2):
+    assert bench.made("input", lambda path: open(path, "x").close()) == "kept/input"
+bench.note("lengths", [1, 2])
+bench.close()
+assert harness.Bench(arguments).noted("lengths") == [1, 2] and os.path.exists("kept/input")
+try:
+    harness.Bench(harness.parse(["train", "--keep", "kept", "--dtype", "fp32"], ""))
+    raise AssertionError("inputs of another dtype were taken")
+except SystemExit as error:
+    assert "made of other things" in str(error)
 result["samples"]["peer"][0]["others_cores"] = 1.0
 assert "**the machine was busy**" in report.work_table(result)
 with open("other.json", "w") as file:
@@ -91,8 +115,8 @@ with open("other.json", "w") as file:
 print("checked")
 PYTHON
 expect 0 '^checked' python3 check.py "$benchmarks"
-expect 0 '^\| speed \| fp32 \| peer \| >= 9 \| 10.00 \(5.00 to 15.00\) \| met \| 3, 3 \| quiet \|' python3 "$benchmarks/run" summary --results "$work"
-expect_count 1 '^\| roof \| fp32 \|  \| >= 50 % \| 60 % \(60 % to 60 %\) \| met \| 3 \| quiet \|'
+expect 0 '^\| speed \| fp32 \| peer \| >= 9 \| 10.00 \(5.00 to 15.00\) \| met \| 3, 3 \| Toy fma, quiet \|' python3 "$benchmarks/run" summary --results "$work"
+expect_count 1 '^\| roof \| fp32 \|  \| >= 50 % \| 60 % \(60 % to 60 %\) \| met \| 3 \| Toy fma, quiet \|'
 expect 0 '^' test -s summary.md
 
 # The programs that measure the machine and our parts of it.
