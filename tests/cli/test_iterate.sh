@@ -103,24 +103,23 @@ rm stopped/STOP
 expect 0 'iteration 2' iter 2 stopped
 same stopped whole "stopped and continued"
 
-# --- kill -9 of a rank at random moments until the run is done
-attempts=0
-while [ $attempts -lt 40 ]; do
-    attempts=$((attempts + 1))
+# --- kill -9 of a rank as one file after the other appears, or a little later; then the run ends
+kills=0
+for file in prefs.h5 iter0/test.h5.journal iter0/test.h5 iter1/iter.h5.journal iter1/iter.h5 iter1/policy/metrics.jsonl iter1/policy/config.json \
+    iter1/test.h5 iter2/iter.h5 iter2/policy/metrics.jsonl none; do
+    if [ -e "killed/$file" ]; then continue; fi
     iter 2 killed >killed.log 2>&1 &
     launcher=$!
-    sleep "$((attempts / 4 + RANDOM % 3)).$((RANDOM % 10))"
-    # shellcheck disable=SC2016
-    victim=$(pgrep -f "selm_iter --config recipe.cfg --run killed" | xargs -r -n1 sh -c 'grep -q "^selm_iter" /proc/$0/comm 2>/dev/null && echo $0' | sort -R | head -1 || true)
-    if [ -n "$victim" ]; then
-        kill -9 "$victim" 2>/dev/null || true
+    if comes_to "$launcher" exists "killed/$file"; then
+        sleep "0.0$((RANDOM % 4))"
+        if kill -9 "$(ranks_of "$launcher" selm_iter | sort -R | head -1)" 2>/dev/null; then kills=$((kills + 1)); fi
     fi
     status=0
     wait "$launcher" || status=$?
-    [ "$status" -ne 0 ] || break
 done
-echo "killed $((attempts - 1)) times"
-checks=$((checks + 1))
+echo "killed $kills times"
+checks=$((checks + 2))
+[ "$kills" -ge 5 ] || fail "only $kills kills hit the run"
 [ "$status" -eq 0 ] || { fail "the killed run never ended"; cat killed.log; }
 same killed whole "killed and rerun"
 

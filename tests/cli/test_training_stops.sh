@@ -22,7 +22,7 @@ small=(--max-length 96 --max-prompt-length 48 --dtype fp32 --progress off)
 train() { # train OUTPUT ARGUMENTS...: on 3 ranks
     local output=$1
     shift
-    mpi 3 "$bin/selm_train" --iter iter.h5 --policy policy --output "$output" --learning-rate 1e-3 --global-batch 2 --epochs 600 \
+    mpi 3 "$bin/selm_train" --iter iter.h5 --policy policy --output "$output" --learning-rate 1e-3 --global-batch 2 --epochs 300 \
         --save-dtype fp32 --stop-file STOP "${small[@]}" "$@"
 }
 steps() { wc -l 2>/dev/null <"$1/metrics.jsonl" || echo 0; }
@@ -33,14 +33,14 @@ train whole >whole.log 2>&1 || { cat whole.log; exit 1; }
 # rank_pid N: the process of rank N of the running launcher.
 rank_pid() {
     local pid
-    for pid in $(pgrep -P "$launcher" selm_train); do
+    for pid in $(ranks_of "$launcher" selm_train); do
         if tr '\0' '\n' <"/proc/$pid/environ" | grep -qx "OMPI_COMM_WORLD_RANK=$1"; then echo "$pid"; fi
     done
 }
-all_ranks() { rank_pid 0; rank_pid 1; rank_pid 2; }
 
 to_one_rank() { kill -TERM "$(rank_pid 2)"; }
-to_all_ranks() { all_ranks | xargs kill -USR1; }
+# shellcheck disable=SC2086
+to_all_ranks() { kill -USR1 $frozen; }
 usr1_to_launcher() { kill -USR1 "$launcher"; } # mpirun passes it on
 stop_file() { touch STOP; }
 
@@ -51,8 +51,11 @@ stopped_by() {
     # The launcher itself in the background, not a shell around it.
     OMPI_MCA_odls_base_sigkill_timeout=$patience exec_train stopped >"$1.log" 2>&1 &
     launcher=$!
-    until [ "$(steps stopped)" -ge $((before + 3)) ] || ! kill -0 "$launcher" 2>/dev/null; do sleep 0.02; done
+    freeze "$launcher" selm_train has_lines stopped/metrics.jsonl $((before + 3)) # a signal takes its way while they stand
     "$1"
+    sleep 0.3
+    # shellcheck disable=SC2086
+    kill -CONT $frozen
     wait "$launcher" || status=$?
     rm -f STOP
     checks=$((checks + 3))
@@ -70,7 +73,7 @@ exec_train() { # replaces the subshell in which it runs
     local output=$1
     shift
     exec "${SELM_MPIEXEC:-mpirun}" --oversubscribe --bind-to none -np 3 "$bin/selm_train" --iter iter.h5 --policy policy --output "$output" \
-        --learning-rate 1e-3 --global-batch 2 --epochs 600 --save-dtype fp32 --stop-file STOP "${small[@]}" "$@"
+        --learning-rate 1e-3 --global-batch 2 --epochs 300 --save-dtype fp32 --stop-file STOP "${small[@]}" "$@"
 }
 
 patience=1 # seconds that mpirun gives its ranks to end (it also waits so long whenever the exit code is not 0)
@@ -86,7 +89,7 @@ asked() { # asked ARGUMENTS...: training that is not over before the signal is p
 }
 OMPI_MCA_odls_base_sigkill_timeout=8 asked >asked.log 2>&1 &
 launcher=$!
-until [ "$(steps asked)" -ge 3 ] || ! kill -0 "$launcher" 2>/dev/null; do sleep 0.02; done
+comes_to "$launcher" has_lines asked/metrics.jsonl 3 || fail "the training had ended before mpirun was signalled"
 kill -TERM "$launcher"
 status=0
 wait "$launcher" || status=$?
@@ -117,7 +120,7 @@ expect 75 'the job ends in' env SLURM_JOB_END_TIME="$(($(date +%s) + 30))" "$bin
 # A signal while the ranks start: they hear it when they can (env lets it wait until the program is loaded).
 expect 75 'stopped after step' mpi 3 env --block-signal=USR1 bash -c \
     'kill -USR1 $$; exec "$@"' _ "$bin/selm_train" --iter iter.h5 --policy policy --output stopped --learning-rate 1e-3 --global-batch 2 \
-    --epochs 600 --save-dtype fp32 "${small[@]}"
+    --epochs 300 --save-dtype fp32 "${small[@]}"
 
 same() { # same OUTPUT: as the run that was never stopped
     checks=$((checks + 1))
@@ -128,16 +131,18 @@ expect 0 'complete|done|trained' env SELM_JOB_END_TIME="$(($(date +%s) + 100000)
 same stopped
 
 # --- kill -9 of a rank while a checkpoint is being written
+newer_than() { [ "$(newest killed)" != "$1" ]; } # newer_than STEP: this start has made a checkpoint too
 torn=0
 for victim in 0 1 2 0; do
     exec_train killed --checkpoint-every 5 >killed.log 2>&1 &
     launcher=$!
     before=$(newest killed 2>/dev/null || true)
-    until compgen -G 'killed/checkpoints/*.partial-*' >/dev/null && [ "$(newest killed 2>/dev/null || true)" != "$before" ] ||
-        ! kill -0 "$launcher" 2>/dev/null; do :; done
-    kill -9 "$(rank_pid "$victim")" 2>/dev/null || fail "there was no rank to kill"
+    comes_to "$launcher" newer_than "$before" || fail "the training had ended before rank $victim was killed"
+    victim=$(rank_pid "$victim")
+    until exists 'killed/checkpoints/*.partial-*' || ! kill -0 "$launcher" 2>/dev/null; do :; done
+    kill -9 "$victim" 2>/dev/null || fail "there was no rank to kill"
     wait "$launcher" || true
-    if compgen -G 'killed/checkpoints/*.partial-*' >/dev/null; then torn=$((torn + 1)); fi
+    if exists 'killed/checkpoints/*.partial-*'; then torn=$((torn + 1)); fi
 done
 echo "$torn of 4 kills left a checkpoint half written"
 checks=$((checks + 1))

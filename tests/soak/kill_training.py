@@ -18,6 +18,7 @@ import os
 import random
 import shutil
 import signal
+import statistics
 import struct
 import subprocess
 import sys
@@ -30,6 +31,7 @@ import where
 
 KILLS_PER_RUN = 5
 STEPS = 32
+LAST_STEPS = 8  # in which no kill is meant to come: it would come too late
 TOLERANCE = 1e-3  # relative, of a tensor's update, where ranks or stage change
 EXIT_LIMIT_S = 120  # after a kill everything must have ended
 RUN_LIMIT_S = 300
@@ -67,6 +69,8 @@ class Soak:
     chance: random.Random
     program: where.Program
     kills: list = field(default_factory=list)
+    step_s: float = 0.0
+    start_up_s: float = 0.0
 
     def prepare(self):
         tools, source = Path(os.environ["SELM_TOOL_DIR"]), Path(os.environ["SELM_SOURCE_DIR"])
@@ -95,7 +99,12 @@ class Soak:
         return Attempt(self, output, list(map(str, command)))
 
     def whole(self, output, layout):
+        """The uninterrupted run; it also tells how fast this machine is: moments are drawn as shares of its times."""
+        began = time.monotonic()
         self.start(output, layout).finish()
+        steps = [json.loads(line)["step_s"] for line in (self.work / output / "metrics.jsonl").read_text().splitlines()]
+        self.step_s = statistics.median(steps)
+        self.start_up_s = max(0.0, time.monotonic() - began - sum(steps))
 
 
 class Attempt:
@@ -209,7 +218,7 @@ class Attempt:
         """A process that is stopped (SIGSTOP) in the moment wanted; None: the run has ended."""
         chance = self.soak.chance
         if wanted == "anywhere" and chance.random() < 0.3:
-            time.sleep(chance.uniform(0, 1.5))  # from the start on: MPI starts, data and checkpoint are read
+            time.sleep(chance.uniform(0, self.soak.start_up_s))  # MPI starts, data and checkpoint are read
             return self.stop_one()
         if wanted == "half-written":
             while self.going() and not (self.step() >= step and self.half_written()):
@@ -221,13 +230,13 @@ class Attempt:
             time.sleep(chance.uniform(0, 0.003))
             return self.stop_one()
         while self.going() and self.step() < step:
-            time.sleep(0.002)
-        time.sleep(chance.uniform(0, 0.03))
+            time.sleep(self.soak.step_s / 10)
+        time.sleep(chance.uniform(0, self.soak.step_s))
         while (victim := self.stop_one()) is not None:
             if wanted == "anywhere" or self.soak.program.place(victim) == wanted or self.step() >= step + 6:
                 return victim
             os.kill(victim, signal.SIGCONT)
-            time.sleep(chance.uniform(0, 0.003))
+            time.sleep(chance.uniform(0, self.soak.step_s / 10))
         return None
 
     def stop_one(self):
@@ -306,7 +315,7 @@ def kill_until_done(soak, output, kills, layout_of_attempt):
         last = done + 1 == kills
         wanted = "model" if last and soak.chance.random() < 0.4 else soak.chance.choice(WANTED[:-1])
         attempt = soak.start(output, layout)
-        steps_left = STEPS - attempt.start_step
+        steps_left = STEPS - LAST_STEPS - attempt.start_step
         kill = attempt.kill(wanted, attempt.start_step, attempt.start_step + max(1, steps_left // (kills - done)))
         if kill is None:
             attempt.finish()
