@@ -93,6 +93,8 @@ selm_choose_launcher() {
             *) die 78 "SELM_LAUNCHER is '$SELM_LAUNCHER'. Use srun or mpirun" ;;
         esac
     fi
+    # The tree that SLURM's PMIx takes for fences without data is none on fewer nodes than TreeWidth: nobody waits (docs/SITES.md).
+    export SLURM_PMIX_FENCE=${SLURM_PMIX_FENCE:-ring}
 }
 
 # selm_provenance: what ran where, appended beside the results.
@@ -146,7 +148,7 @@ selm_on_signal() {
 
 # selm_step all|one PROGRAM ARGUMENTS...: on all tasks of the job, or on one. Sets selm_rc.
 selm_step() {
-    local tasks=$1 program launcher
+    local tasks=$1 program launcher start
     program=$(selm_program "$2")
     shift 2
     if [ "$selm_signalled" = 1 ]; then
@@ -170,18 +172,27 @@ selm_step() {
     fi
     # A stop signal that comes while a program is being loaded waits until it can be heard (coreutils 8.31 or later).
     if env --block-signal=USR1 true 2>/dev/null; then launcher+=(env --block-signal=USR1); fi
-    say "$(date -u +%H:%M:%S) ${launcher[*]} $program $*"
     export SELM_DONE_FILE=$run/slurm/done-step-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
-    rm -f "$SELM_DONE_FILE"
-    "${launcher[@]}" "$program" "$@" &
-    selm_pid=$!
-    while :; do # wait returns early when a trap runs
-        selm_woken=0
-        wait "$selm_pid" && selm_rc=0 || selm_rc=$?
-        [ "$selm_woken" = 1 ] || break
+    export SELM_START_FILE=$run/slurm/start-step-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
+    for start in 1 2 3; do
+        say "$(date -u +%H:%M:%S) ${launcher[*]} $program $*"
+        rm -f "$SELM_DONE_FILE" "$SELM_START_FILE"
+        "${launcher[@]}" "$program" "$@" &
+        selm_pid=$!
+        while :; do # wait returns early when a trap runs
+            selm_woken=0
+            wait "$selm_pid" && selm_rc=0 || selm_rc=$?
+            [ "$selm_woken" = 1 ] || break
+        done
+        selm_pid=
+        say "$(date -u +%H:%M:%S) exit code $selm_rc"
+        # Ranks that crashed in MPI_Init, or a launcher that failed (docs/SITES.md). A lost node is 205.
+        if [ -e "$SELM_START_FILE" ] || [ "$selm_rc" -le 128 ] || [ "$selm_rc" = 205 ] || [ "$start" = 3 ]; then break; fi
+        sleep 1 # a stop signal to the job comes to this script too
+        if [ "$selm_signalled" = 1 ] || [ -e "$selm_next_attempt" ]; then break; fi
+        say "ranks or launcher died before all ranks had started: started again"
     done
-    selm_pid=
-    say "$(date -u +%H:%M:%S) exit code $selm_rc"
+    rm -f "$SELM_START_FILE"
     # srun may say 0 when it could not start the program at all, for example while slurmd is being restarted.
     if [ "$selm_rc" = 0 ] && [ ! -e "$SELM_DONE_FILE" ]; then selm_rc=lost; fi
     rm -f "$SELM_DONE_FILE"

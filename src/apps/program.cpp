@@ -246,18 +246,21 @@ int leave_together(const ProgramSpec& spec, const MpiSession& session, ExitCode 
     return static_cast<int>(codes[static_cast<std::size_t>(speaker)]);
 }
 
-/// For job scripts: srun may report success when it could not start a single rank.
-void mark_as_done()
+/// For job scripts, in the file that @p variable names: srun may report success when it could not start a single rank, and ranks
+/// that die while MPI starts are started again. A mark that cannot be written is no start and no success to the script.
+void leave_mark(const char* variable)
 {
-    if (const char* const file = std::getenv("SELM_DONE_FILE"); file != nullptr && *file != '\0')
-        std::ofstream(file) << "done\n"; // one that cannot be written is no success to the script
+    if (const char* const file = std::getenv(variable); file != nullptr && *file != '\0')
+        std::ofstream(file) << "yes\n";
 }
 
 int run_with_mpi(int argc, char** argv, const ProgramSpec& spec, OptionTable& table, const OptionTable::Request& request,
                  const std::function<ExitCode(ProgramContext&)>& body)
 {
     const MpiSession session(argc, argv);
-    Communicator& world = session.world();
+    Communicator& world = session.world(); // made together by all ranks: none is in MPI_Init any more
+    if (world.is_root())
+        leave_mark("SELM_START_FILE");
     try {
         ExitCode code = ExitCode::done;
         std::optional<Error> failure;
@@ -272,7 +275,7 @@ int run_with_mpi(int argc, char** argv, const ProgramSpec& spec, OptionTable& ta
         }
         const int left_with = leave_together(spec, session, code, failure);
         if (left_with == 0 && world.is_root())
-            mark_as_done();
+            leave_mark("SELM_DONE_FILE");
         return left_with;
     } catch (const std::bad_alloc&) {
         std::cerr << "[rank " << world.rank() << "/" << world.size() << "] " << spec.name

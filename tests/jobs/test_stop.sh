@@ -34,6 +34,22 @@ STUB
 chmod +x stub/selm_iter
 stuck=$(PATH=$PWD/stub:$PATH SELM_MAX_RESTARTS=2 submit "$job_script" --run stuck)
 
+# Ranks that crash while they start, twice and always; the third start of the former comes to its end.
+for run in crashing crashed; do
+    mkdir $run.bin
+    cat >$run.bin/selm_iter <<STUB
+#!/bin/sh
+[ "\$1" = --version ] && exit
+echo start >>$PWD/$run.starts
+echo "fences by \$SLURM_PMIX_FENCE"
+[ $run = crashing ] && [ "\$(grep -c start $PWD/$run.starts)" = 3 ] || kill -SEGV \$\$
+touch "\$SELM_START_FILE" "\$SELM_DONE_FILE"
+STUB
+    chmod +x $run.bin/selm_iter
+done
+crashing=$(PATH=$PWD/crashing.bin:$PATH submit --ntasks=1 "$job_script" --run crashing)
+crashed=$(PATH=$PWD/crashed.bin:$PATH submit --ntasks=1 "$job_script" --run crashed)
+
 for run in signalled by_mpirun; do
     job=$one
     [ "$run" = signalled ] || job=$two
@@ -47,6 +63,13 @@ done
 ends_as FAILED "$stuck"
 expect 0 'restarts brought no progress' cat "selm-iter-$stuck.out"
 expect_count 1 'requeued .restart 1.'
+
+ends_as COMPLETED "$crashing"
+expect 0 '^fences by ring' cat "selm-iter-$crashing.out"
+expect_count 2 'ranks or launcher died before all ranks had started: started again'
+ends_as FAILED "$crashed"
+expect 0 'exit code 139, and all nodes of the job answer' cat "selm-iter-$crashed.out"
+expect_count 2 'ranks or launcher died before all ranks had started: started again'
 
 ends_as COMPLETED "$three"
 same reference cancelled "scancel, and submitted again"
