@@ -42,6 +42,12 @@ def lines_of(path):
         return [json.loads(line) for line in file]
 
 
+def losses_of_run(run, iteration=1):
+    """[loss, gradient norm] of every step."""
+    policy = os.path.join(run, f"iter{iteration}", "policy")
+    return [[step["loss"], step["grad_norm"]] for step in lines_of(os.path.join(policy, "metrics.jsonl"))]
+
+
 def train_numbers(policy, parameters, ranks, weight_bytes):
     """Means over the steps; the first is left out where there are more (it touches memory for the first time)."""
     steps = lines_of(os.path.join(policy, "metrics.jsonl"))
@@ -50,7 +56,7 @@ def train_numbers(policy, parameters, ranks, weight_bytes):
     share = (ranks - 1) / ranks
     return {"seconds": mean("step_s"), "comm_s": mean("comm_s"), "tokens": mean("tokens"), "steps": len(steps), "batch": mean("rows"),
             # gradients to their owners in fp32, updated weights back
-            "bytes_moved_per_rank": int(share * parameters * (4 + weight_bytes)), "idle": None}
+            "bytes_moved_per_rank": int(share * parameters * (4 + weight_bytes)), "idle": mean("comm_s") / mean("step_s")}
 
 
 def points_of_run(run, ranks, nodes, mode, parameters, weight_bytes, iteration=1):

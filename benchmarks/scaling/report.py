@@ -36,7 +36,7 @@ def measured_table(points):
     for p in points:
         text += (f"| {p['phase']} | {p['mode']} | {p['ranks']} | {p['nodes']} | {number(p['batch'] if p['phase'] == 'train' else p['rows'])} | "
                  f"{number(p['seconds'])} | {number(p['tokens'] / p['seconds'], '{:.0f}')} | {number(p['efficiency'], '{:.2f}')} | "
-                 f"{number(p['idle'], '{:.1%}')} | {number(p['bytes_moved_per_rank'] / 1e6)} | "
+                 f"{number(p['idle'], '{:.1%}')} | {number(p['bytes_moved_per_rank'] and p['bytes_moved_per_rank'] / 1e6)} | "
                  f"{number(p['model_s'])} ({number(p['model_error'], '{:+.0%}')}) | {remarks(p)} |\n")
     return text
 
@@ -56,14 +56,16 @@ def predicted_table(predictions):
 def markdown(study):
     where = study["hardware"]
     text = (f"# Scaling\n{where['cpu']}, {where['cores']} cores, {where['memory_gib']} GiB; {study['when']}, commit {study['commit']}. "
-            f"`{study['command']}`\n\nModel {study['model']} ({study['parameters'] / 1e6:.1f} M parameters). Medians of the repetitions; seconds of "
+            f"`{study['command']}`\n\nModel {study['model']} ({study['parameters'] / 1e6:.1f} M parameters), {study['dtype']}. Medians of the repetitions; seconds of "
             "training are those of an optimizer step, its rows those of the global batch. Efficiency: tokens per rank and second against "
-            "the fewest ranks in the same mode. Bytes moved: a rank's part of the file, or gradients and weights of a step.\n")
+            "the fewest ranks in the same mode. Idle: the ranks' time without a row; in training, waiting for communication and so for slower "
+            "ranks too. Bytes moved: a rank's part of the file, or gradients and weights of a step.\n")
     if any(p.get("busy") for p in study["points"]):
         text += "\n**Points under load were measured beside other work on the machine: their seconds are no measure of the programs.**\n"
     text += "\n## Measured\n" + measured_table(study["points"])
     if study["same_data"] is not None:
-        text += f"\nData of all strong-scaling runs are {'equal' if study['same_data'] else '**NOT equal**'} (digests).\n"
+        text += (f"\nData of all strong-scaling runs are {'equal' if study['same_data'] else '**NOT equal**'} (digests); losses and gradient norms "
+                 f"of their steps differ by {study['largest_loss_difference']:.2g} at most (relative).\n")
     text += "\n## Model\nseconds = fixed + tokens of the busiest rank x seconds per token + communication.\n\n"
     text += "| phase | fixed, s | us per token | GB/s inside a node | parallel share of one rank's time |\n|---|---|---|---|---|\n"
     for name, fit in study["fit"].items():

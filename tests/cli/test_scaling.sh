@@ -41,12 +41,42 @@ expect 0 '^fitted' python3 fit.py "$scaling"
 
 "$SELM_TOOL_DIR/selm_tiny_model_tool" policy seed=1
 "$SELM_TOOL_DIR/selm_tiny_model_tool" reward seed=2 classifier
-expect 0 '^# Scaling' python3 "$scaling/run" --model policy --reward reward --rows 6 --batch 2 --new-tokens 8 --dtype fp32 --repetitions 1 \
-    --ranks 1,2,3 --bin "$SELM_BIN_DIR" --launcher "${SELM_MPIEXEC:-mpirun} --oversubscribe --bind-to none -np {ranks}" --out out
-expect_count 1 'Data of all strong-scaling runs are equal'
+study=(python3 "$scaling/run" --model policy --reward reward --rows 6 --batch 2 --new-tokens 8 --repetitions 1 --ranks "1,2,3"
+    --bin "$SELM_BIN_DIR" --launcher "${SELM_MPIEXEC:-mpirun} --oversubscribe --bind-to none -np {ranks}" --samples runs.jsonl --out out)
+# In pieces of one run: nothing fits into a microsecond after the first. What is there is not made again, and not taken for other settings.
+runs=0
+until [ -e out/scaling.md ] || [ "$runs" = 6 ]; do
+    runs=$((runs + 1))
+    code=0
+    "${study[@]}" --dtype fp32 --seconds 1e-6 >study.log 2>&1 || code=$?
+    checks=$((checks + 1))
+    [ "$(wc -l <runs.jsonl)" = "$runs" ] || fail "$(wc -l <runs.jsonl) runs noted after $runs calls: $(cat study.log)"
+    if [ ! -e out/scaling.md ] && [ "$code" != 75 ]; then fail "exit code $code: $(cat study.log)"; fi
+done
+expect 0 '^# Scaling' "${study[@]}" --dtype fp32
+expect_count 1 'Data of all strong-scaling runs are equal .*differ by [0-9.e-]* at most'
 expect_count 3 '^\| generate \| strong '
 expect_count 3 '^\| train \| strong '
+expect_count 0 'repetition' # nothing was run
 expect 0 '"same_data": true' cat out/scaling.json
 expect 0 '</svg>' cat out/scaling.svg
+expect 1 'holds runs of other settings .dtype.' "${study[@]}" --dtype bf16
+# A run with other data is found out.
+python3 - <<'PYTHON'
+import json
+lines = [json.loads(line) for line in open("runs.jsonl")]
+lines[-1]["digest"] = "other"
+open("runs.jsonl", "w").writelines(json.dumps(line) + "\n" for line in lines)
+PYTHON
+expect 1 'data of strong scaling differ' "${study[@]}" --dtype fp32
+python3 - <<'PYTHON'
+import json
+lines = [json.loads(line) for line in open("runs.jsonl")]
+lines[-1]["digest"] = lines[0]["digest"]
+lines[-1]["losses"][-1][1] *= 1.01
+open("runs.jsonl", "w").writelines(json.dumps(line) + "\n" for line in lines)
+PYTHON
+expect 1 'gradient norms of strong scaling differ by 0.01' "${study[@]}" --dtype fp32
+expect 2 'needs --samples' python3 "$scaling/run" --seconds 5
 expect 1 'does not exist' python3 "$scaling/run" --bin nowhere
 finish
