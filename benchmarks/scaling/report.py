@@ -64,7 +64,8 @@ def markdown(study):
         text += "\n**Points under load were measured beside other work on the machine: their seconds are no measure of the programs.**\n"
     text += "\n## Measured\n" + measured_table(study["points"])
     if study["same_data"] is not None:
-        text += (f"\nData of all strong-scaling runs are {'equal' if study['same_data'] else '**NOT equal**'} (digests); losses and gradient norms "
+        ranks = ", ".join(str(n) for n in study["same_data"]["ranks"])
+        text += (f"\nData of all strong-scaling runs are {'equal' if study['same_data']['equal'] else '**NOT equal**'} (digests; ranks {ranks}); losses and gradient norms "
                  f"of their steps differ by {study['largest_loss_difference']:.2g} at most (relative).\n")
     text += "\n## Model\nseconds = fixed + tokens of the busiest rank x seconds per token + communication.\n\n"
     text += "| phase | fixed, s | us per token | GB/s inside a node | parallel share of one rank's time |\n|---|---|---|---|---|\n"

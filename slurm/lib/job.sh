@@ -8,6 +8,7 @@
 source "$selm_slurm/lib/recipe.sh"
 
 selm_rc=0                    # exit code of the last step
+selm_started=0               # all ranks of the last step were there
 selm_signalled=0             # a stop signal came during this job
 selm_woken=0                 # a signal interrupted the present wait
 selm_pid=                    # launcher of the present step
@@ -186,8 +187,10 @@ selm_step() {
         done
         selm_pid=
         say "$(date -u +%H:%M:%S) exit code $selm_rc"
-        # Ranks that crashed in MPI_Init, or a launcher that failed (docs/SITES.md). A lost node is 205.
-        if [ -e "$SELM_START_FILE" ] || [ "$selm_rc" -le 128 ] || [ "$selm_rc" = 205 ] || [ "$start" = 3 ]; then break; fi
+        [ -e "$SELM_START_FILE" ] && selm_started=1 || selm_started=0
+        # Ranks that crashed in MPI_Init, or a launcher that failed (docs/SITES.md); other codes are the program's. A lost node is 205.
+        case $selm_rc in 0 | 64 | 65 | 70 | 74 | 75 | 78 | 205) break ;; esac
+        if [ "$selm_started" = 1 ] || [ "$start" = 3 ]; then break; fi
         sleep 1 # a stop signal to the job comes to this script too
         if [ "$selm_signalled" = 1 ] || [ -e "$selm_next_attempt" ]; then break; fi
         say "ranks or launcher died before all ranks had started: started again"
@@ -345,6 +348,8 @@ selm_end() {
             selm_requeue "exit code $selm_rc: ranks were killed from outside"
             ;;
     esac
+    # A launcher that gets the signal while it talks to SLURM fails as it likes.
+    if [ "$selm_signalled" = 1 ] && [ "$selm_started" = 0 ]; then selm_requeue "stopped before the ranks had started"; fi
     if selm_nodes_answer; then
         die "$selm_rc" "exit code $selm_rc, and all nodes of the job answer; the reason is above. Not run again"
     fi

@@ -41,8 +41,9 @@ expect 0 '^fitted' python3 fit.py "$scaling"
 
 "$SELM_TOOL_DIR/selm_tiny_model_tool" policy seed=1
 "$SELM_TOOL_DIR/selm_tiny_model_tool" reward seed=2 classifier
+launcher="${SELM_MPIEXEC:-mpirun} --oversubscribe --bind-to none -np {ranks}"
 study=(python3 "$scaling/run" --model policy --reward reward --rows 6 --batch 2 --new-tokens 8 --repetitions 1 --ranks "1,2,3"
-    --bin "$SELM_BIN_DIR" --launcher "${SELM_MPIEXEC:-mpirun} --oversubscribe --bind-to none -np {ranks}" --samples runs.jsonl --out out)
+    --bin "$SELM_BIN_DIR" --launcher "$launcher" --samples runs.jsonl --out out)
 # In pieces of one run: nothing fits into a microsecond after the first. What is there is not made again, and not taken for other settings.
 runs=0
 until [ -e out/scaling.md ] || [ "$runs" = 6 ]; do
@@ -58,9 +59,14 @@ expect_count 1 'Data of all strong-scaling runs are equal .*differ by [0-9.e-]* 
 expect_count 3 '^\| generate \| strong '
 expect_count 3 '^\| train \| strong '
 expect_count 0 'repetition' # nothing was run
-expect 0 '"same_data": true' cat out/scaling.json
+expect 0 '"equal": true' cat out/scaling.json
 expect 0 '</svg>' cat out/scaling.svg
 expect 1 'holds runs of other settings .dtype.' "${study[@]}" --dtype bf16
+# Above the cores and --train-ranks: the data alone.
+many=$(($(nproc) + 1))
+expect 0 "Data of all strong-scaling runs are equal .digests; ranks 1, $many.;" python3 "$scaling/run" --model policy --reward reward --rows 6 \
+    --batch 2 --new-tokens 8 --repetitions 1 --ranks "1,$many" --train-ranks 1 --dtype fp32 --bin "$SELM_BIN_DIR" --launcher "$launcher" --out many
+expect_count 0 "^. train . strong . $many "
 # A run with other data is found out.
 python3 - <<'PYTHON'
 import json

@@ -48,6 +48,21 @@ STUB
     chmod +x $run.bin/selm_iter
 done
 crashing=$(PATH=$PWD/crashing.bin:$PATH submit --ntasks=1 "$job_script" --run crashing)
+# A stop signal that makes the launcher fail before it has started anything.
+mkdir early.bin
+cat >early.bin/selm_iter <<STUB
+#!/bin/sh
+[ "\$1" = --version ] && exit
+if [ ! -e $PWD/early.signalled ]; then
+    touch $PWD/early.signalled
+    scancel --batch --signal=USR1 \$SLURM_JOB_ID
+    until grep -q 'stop signal' $PWD/selm-iter-\$SLURM_JOB_ID.out; do sleep 0.2; done
+    exit 1
+fi
+touch "\$SELM_START_FILE" "\$SELM_DONE_FILE"
+STUB
+chmod +x early.bin/selm_iter
+early=$(PATH=$PWD/early.bin:$PATH submit --ntasks=1 "$job_script" --run early)
 crashed=$(PATH=$PWD/crashed.bin:$PATH submit --ntasks=1 "$job_script" --run crashed)
 
 for run in signalled by_mpirun; do
@@ -67,6 +82,8 @@ expect_count 1 'requeued .restart 1.'
 ends_as COMPLETED "$crashing"
 expect 0 '^fences by ring' cat "selm-iter-$crashing.out"
 expect_count 2 'ranks or launcher died before all ranks had started: started again'
+ends_as COMPLETED "$early"
+expect 0 'stopped before the ranks had started; requeued .restart 1.' cat "selm-iter-$early.out"
 ends_as FAILED "$crashed"
 expect 0 'exit code 139, and all nodes of the job answer' cat "selm-iter-$crashed.out"
 expect_count 2 'ranks or launcher died before all ranks had started: started again'
