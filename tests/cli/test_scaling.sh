@@ -58,12 +58,12 @@ expect 0 '^# Scaling' "${study[@]}" --dtype fp32
 expect_count 1 'Data of all strong-scaling runs are equal .*differ by [0-9.e-]* at most'
 expect_count 3 '^\| generate \| strong '
 expect_count 3 '^\| train \| strong '
-expect_count 0 'repetition' # nothing was run
+expect_count 0 '^scaling: repetition' # nothing was run
 expect 0 '"equal": true' cat out/scaling.json
 expect 0 '</svg>' cat out/scaling.svg
 expect 1 'holds runs of other settings .dtype.' "${study[@]}" --dtype bf16
 # Above the cores and --train-ranks: the data alone.
-many=$(($(nproc) + 1))
+many=$(python3 -c 'import os; print(len(os.sched_getaffinity(0)) + 1)')
 expect 0 "Data of all strong-scaling runs are equal .digests; ranks 1, $many.;" python3 "$scaling/run" --model policy --reward reward --rows 6 \
     --batch 2 --new-tokens 8 --repetitions 1 --ranks "1,$many" --train-ranks 1 --dtype fp32 --bin "$SELM_BIN_DIR" --launcher "$launcher" --out many
 expect_count 0 "^. train . strong . $many "

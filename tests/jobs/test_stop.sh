@@ -53,6 +53,7 @@ mkdir early.bin
 cat >early.bin/selm_iter <<STUB
 #!/bin/sh
 [ "\$1" = --version ] && exit
+trap '' USR1
 if [ ! -e $PWD/early.signalled ]; then
     touch $PWD/early.signalled
     scancel --batch --signal=USR1 \$SLURM_JOB_ID
