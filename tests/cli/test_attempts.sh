@@ -15,6 +15,7 @@ clean() {
 trap clean EXIT
 cd "$work"
 "$SELM_TOOL_DIR/selm_tiny_model_tool" policy seed=1
+"$SELM_TOOL_DIR/selm_tiny_model_tool" deep seed=1 layers=16 # its training takes much longer than it takes to stop it
 "$SELM_TOOL_DIR/selm_tiny_model_tool" reward seed=2 classifier
 expect 0 'imported 120 rows' "$bin/selm_import" --input "$SELM_SOURCE_DIR/data/ultrafeedback_sample.jsonl" --rows 0:120 --output prefs.h5 \
     --on-empty-answer keep
@@ -24,7 +25,7 @@ gen() { # gen OUTPUT
         --on-long-prompt skip --dtype fp32 --slots 2 --progress off
 }
 train() { # train OUTPUT
-    "$bin/selm_train" --objective bradley-terry --trainable all --data prefs.h5 --rows 0:80 --policy policy --output "$1" --dtype fp32 \
+    "$bin/selm_train" --objective bradley-terry --trainable all --data prefs.h5 --rows 0:80 --policy deep --output "$1" --dtype fp32 \
         --save-dtype fp32 --max-length 192 --max-prompt-length 96 --global-batch 2 --checkpoint-every 5 --progress off
 }
 digest_of() { "$bin/selm_inspect" --digest "$1"; }
@@ -32,28 +33,23 @@ digest_of() { "$bin/selm_inspect" --digest "$1"; }
 content() { find "$1" "$1".* -type f ! -name '*.log' -exec sha256sum {} + 2>/dev/null | sort; }
 # The program below process $1 (a shell, perhaps replaced by the program): singletons of MPI have a helper process, which goes on.
 program_of() {
-    local process
-    for process in "$1" $(pgrep -P "$1" || true); do
-        if grep -q '^selm_' "/proc/$process/comm" 2>/dev/null; then
+    local process name
+    for process in "$1" $(cat "/proc/$1/task"/*/children 2>/dev/null); do
+        read -r name 2>/dev/null <"/proc/$process/comm" || continue
+        if [[ $name == selm_* ]]; then
             echo "$process"
             return
         fi
     done
 }
-# freeze PROGRAM OUTPUT CONDITION...: starts the older copy and stops it where the condition holds.
-freeze() {
-    local program=$1 output=$2 tries=6000
+# start_and_freeze PROGRAM OUTPUT CONDITION...: starts the older copy and stops it where the condition holds.
+start_and_freeze() {
+    local program=$1 output=$2
     shift 2
     "$program" "$output" >"$output.log" 2>&1 &
     older=$!
-    until "$@" 2>/dev/null; do
-        if ! kill -0 "$older" 2>/dev/null || ((--tries == 0)); then
-            fail "the older copy of $program never came so far: $*"
-            return
-        fi
-        sleep 0.005
-    done
-    kill -STOP "$(program_of "$older")" || fail "the older copy of $program $output was done too early"
+    comes_to "$older" "$@" || fail "the older copy of $program had ended before: $*"
+    kill -STOP "$(program_of "$older")" || fail "there is no older copy of $program to stop"
 }
 # wake OUTPUT [WORD]: the older copy goes on; it ends with 75 and says why.
 wake() {
@@ -94,13 +90,13 @@ twice() { # no row that was journalled is generated again
 
 # Both at work.
 journal=attempt-000001-rank-000000.log
-freeze gen beside.h5 test -s beside.h5.journal/$journal
+start_and_freeze gen beside.h5 test -s beside.h5.journal/$journal
 beside gen beside.h5 .attempts/beside.h5-000002
 twice
 [ "$(digest_of beside.h5)" = "$alone" ] || fail "beside.h5 differs from alone.h5"
 
 # The older one wakes up when the newer one is done, and its output was ranked.
-freeze gen after.h5 test -s after.h5.journal/$journal
+start_and_freeze gen after.h5 test -s after.h5.journal/$journal
 expect 0 'rows 120, generated now' gen after.h5
 twice
 checks=$((checks + 2))
@@ -117,10 +113,10 @@ whole_training() { # whole_training OUTPUT
     [ "$(sed -n 's/^{"step":\([0-9]*\),.*/\1/p' "$1/metrics.jsonl")" = "$(seq 40)" ] || fail "the metrics of $1 are not those of 40 steps"
 }
 expect 0 'optimizer steps 40' train alone
-freeze train beside test -e beside/checkpoints/step-000010.json
+start_and_freeze train beside test -e beside/checkpoints/step-000010.json
 beside train beside .attempts/beside-000002
 whole_training beside
-freeze train after test -e after/checkpoints/step-000010.json
+start_and_freeze train after test -e after/checkpoints/step-000010.json
 expect 0 'optimizer steps 40 .resumed' train after
 before=$(content after)
 wake after
@@ -152,7 +148,7 @@ save-dtype = fp32
 CFG
 run() { "$bin/selm_iter" --config recipe.cfg --run "$1" --progress off; }
 expect 0 'iteration 1' run whole
-freeze run taken test -s taken/iter1/iter.h5.journal/$journal
+start_and_freeze run taken test -s taken/iter1/iter.h5.journal/$journal
 expect 78 'made with another recipe' "$bin/selm_iter" --config recipe.cfg --run taken --seed 7
 checks=$((checks + 1))
 [ "$(ls taken/attempts)" = 000001 ] || fail "a refused recipe took over the run"
