@@ -124,8 +124,10 @@ struct NodeSharedMemory::Impl {
         int unit = 0;
         SELM_MPI(label, MPI_Win_shared_query(window, 0, &size, &unit, &address));
         SELM_MPI(label, MPI_Win_lock_all(MPI_MODE_NOCHECK, window));
-        if (node->is_root())
-            std::memset(address, 0, bytes);
+        // Memory is had when it is first touched: by all ranks together, each its part (on NUMA nodes it lies with all of them).
+        const auto ranks = static_cast<std::size_t>(node->size()), rank = static_cast<std::size_t>(node->rank());
+        const std::size_t begin = bytes / ranks * rank, end = rank + 1 == ranks ? bytes : bytes / ranks * (rank + 1);
+        std::memset(static_cast<std::byte*>(address) + begin, 0, end - begin);
         return static_cast<std::byte*>(address);
     }
 

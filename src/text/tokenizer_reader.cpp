@@ -1,8 +1,8 @@
 #include "tokenizer_reader.hpp"
 
 #include <algorithm>
-#include <unordered_set>
 #include <utility>
+#include <vector>
 
 #include "tokenizer_components.hpp"
 #include "tokenizer_json.hpp"
@@ -28,18 +28,68 @@ std::vector<AddedToken> read_added_tokens(const Json& root)
 }
 
 /// "left right" (older files) or ["left", "right"].
-std::pair<std::string, std::string> read_merge(const Json& entry)
+std::pair<std::string, std::string> read_merge(Json& entry)
 {
     if (entry.is_array() && entry.size() == 2 && entry[0].is_string() && entry[1].is_string())
-        return {entry[0].get<std::string>(), entry[1].get<std::string>()};
+        return {std::move(entry[0].get_ref<std::string&>()), std::move(entry[1].get_ref<std::string&>())};
     if (entry.is_string()) {
-        const std::string text = entry.get<std::string>();
+        const auto& text = entry.get_ref<const std::string&>();
         const std::size_t space = text.find(' ');
         if (space != std::string::npos && text.find(' ', space + 1) == std::string::npos)
             return {text.substr(0, space), text.substr(space + 1)};
     }
     throw config_error(cat("the entry model.merges has ", entry.dump(), " where two tokens are expected"));
 }
+
+/// model.vocab and model.merges, nearly all of a tokenizer.json, taken while it is parsed: the document is left with empty
+/// ones. Making objects of all their entries first takes twice as long, in every process that starts.
+class ModelTables {
+  public:
+    BpeDefinition definition;
+
+    explicit ModelTables(std::size_t json_bytes) { definition.vocabulary.reserve(json_bytes / 32); }
+
+    /// nlohmann's parser callback: whether @p value is kept in the document.
+    bool take(int depth, Json::parse_event_t event, Json& value)
+    {
+        using Event = Json::parse_event_t;
+        if (event == Event::key) {
+            if (depth == 1) {
+                in_model_ = value == "model";
+                table_ = Table::none;
+            }
+            if (depth == 2)
+                table_ = !in_model_ ? Table::none : value == "vocab" ? Table::vocabulary : value == "merges" ? Table::merges : Table::none;
+            if (depth == 3 && table_ == Table::vocabulary) {
+                token_ = std::move(value.get_ref<std::string&>());
+                has_token_ = true;
+                return false;
+            }
+            return true;
+        }
+        if (depth != entry_depth)
+            return true;
+        if (table_ == Table::vocabulary && has_token_) { // a list or a table in the place of an id comes with its beginning, and is no number
+            has_token_ = false;
+            const std::int32_t id = token_id(value, token_);
+            definition.vocabulary.insert_or_assign(std::move(token_), id);
+            return false;
+        }
+        if (table_ == Table::merges && (event == Event::value || event == Event::array_end || event == Event::object_end)) {
+            definition.merges.push_back(read_merge(value));
+            return false;
+        }
+        return true;
+    }
+
+  private:
+    enum class Table { none, vocabulary, merges };
+    static constexpr int entry_depth = 3;
+    bool in_model_ = false;
+    bool has_token_ = false;
+    Table table_ = Table::none;
+    std::string token_;
+};
 
 void check_model_options(const Json& model)
 {
@@ -53,23 +103,14 @@ void check_model_options(const Json& model)
         throw unsupported(cat("model.dropout = ", model["dropout"].dump()), "null");
 }
 
-std::unique_ptr<Bpe> read_model(const Json& root)
+std::unique_ptr<Bpe> read_model(const Json& root, BpeDefinition definition)
 {
     const Json& model = need(root, "model", "tokenizer");
     if (!model.is_object())
         throw config_error("the entry model is not an object");
     check_model_options(model);
-    BpeDefinition definition;
-    const Json& vocabulary = need(model, "vocab", "model");
-    const Json& merges = need(model, "merges", "model");
-    if (!vocabulary.is_object() || vocabulary.empty() || !merges.is_array())
+    if (!need(model, "vocab", "model").is_object() || definition.vocabulary.empty() || !need(model, "merges", "model").is_array())
         throw config_error("the entry model.vocab is not a table of tokens, or model.merges not a list");
-    definition.vocabulary.reserve(vocabulary.size());
-    for (const auto& [token, id] : vocabulary.items())
-        definition.vocabulary.emplace(token, token_id(id, token));
-    definition.merges.reserve(merges.size());
-    for (const Json& merge : merges)
-        definition.merges.push_back(read_merge(merge));
     if (!is_absent(model, "unk_token"))
         definition.unknown_token = need_string(model, "unk_token", "model");
     definition.fuse_unknown = flag(model, "fuse_unk", false, "model");
@@ -82,12 +123,18 @@ std::unique_ptr<Bpe> read_model(const Json& root)
 void check_ids(const TokenizerParts& parts)
 {
     const StringMap<std::int32_t>& vocabulary = parts.model->vocabulary();
-    std::unordered_set<std::int32_t> used;
+    std::vector<bool> used;
+    const auto mark = [&](std::size_t id) {
+        if (used.size() <= id)
+            used.resize(id + 1);
+        used[id] = true;
+    };
     for (const auto& [token, id] : vocabulary)
-        used.insert(id);
+        mark(static_cast<std::size_t>(id));
     for (const AddedToken& token : parts.added_tokens) {
         const auto found = vocabulary.find(token.content);
-        if (found == vocabulary.end() ? used.contains(token.id) : found->second != token.id)
+        const auto id = static_cast<std::size_t>(token.id);
+        if (found == vocabulary.end() ? id < used.size() && used[id] : found->second != token.id)
             throw config_error(cat("the added token \"", token.content, "\" has the id ", token.id,
                                    ", but in the model's vocabulary ",
                                    found == vocabulary.end() ? "another token has it" : cat("it is ", found->second)));
@@ -100,7 +147,8 @@ TokenizerParts read_tokenizer_json(std::string_view json, const std::string& nam
 {
     return with_context(name, [&] {
         try {
-            const Json root = Json::parse(json);
+            ModelTables tables(json.size());
+            const Json root = Json::parse(json, [&](int depth, Json::parse_event_t event, Json& value) { return tables.take(depth, event, value); });
             if (!root.is_object())
                 throw config_error("is not a JSON object. Is it a tokenizer.json?");
             TokenizerParts parts;
@@ -109,7 +157,7 @@ TokenizerParts read_tokenizer_json(std::string_view json, const std::string& nam
                 parts.normalizer = read_normalizer(root["normalizer"]);
             if (!is_absent(root, "pre_tokenizer"))
                 parts.pre_tokenizer = read_pre_tokenizer(root["pre_tokenizer"]);
-            parts.model = read_model(root);
+            parts.model = read_model(root, std::move(tables.definition));
             parts.decoder = is_absent(root, "decoder") ? std::make_unique<SpaceJoinDecoder>()
                                                        : read_decoder(root["decoder"]);
             if (!is_absent(root, "post_processor"))

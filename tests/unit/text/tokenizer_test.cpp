@@ -180,6 +180,21 @@ TEST(Tokenizer, RefusalsNameFileAndComponent)
     EXPECT_NE(refusal(std::string(100000, '[')).find("damaged"), std::string::npos);
 }
 
+TEST(Tokenizer, EntriesOfTheTablesAreChecked)
+{
+    const auto model = [](const std::string& id, const std::string& merge) {
+        return R"({"model": {"type": "BPE", "vocab": {"b": 1, "a": )" + id + R"(, "c": 2}, "merges": [)" + merge + "]}}";
+    };
+    for (const char* id : {"[0]", "[]", R"({"b": 0})", R"("0")", "1.5", "-1", "null", "true"})
+        EXPECT_NE(refusal(model(id, "")).find("id of the token \"a\""), std::string::npos) << id;
+    for (const char* merge : {"1", R"(["a"])", R"({"a": "b"})", "null", R"(["a", 1])", R"(["a", ["b"]])"})
+        EXPECT_NE(refusal(model("0", merge)).find("two tokens are expected"), std::string::npos) << merge;
+    for (const char* tables : {R"("vocab": [["a", 0]], "merges": [])", R"("vocab": {}, "merges": [])", R"("vocab": {"a": 0}, "merges": {})"})
+        EXPECT_NE(refusal(R"({"model": {"type": "BPE", )" + std::string(tables) + "}}").find("model.vocab is not"), std::string::npos) << tables;
+    const Tokenizer twice = Tokenizer::from_json(R"({"model": {"merges": [], "vocab": {"a": 3, "b": 0, "a": 1}}})", "twice");
+    EXPECT_EQ(twice.encode("ab"), (Ids{1, 0})) << "the last of two entries counts";
+}
+
 /// A small SentencePiece-like tokenizer: ids 0-2 <unk> <s> </s>, 3 U+2581, 4 a, 5 b, 6 U+2581 a, 7 two U+2581, 8-10 the
 /// bytes of U+20AC, 11 <x>.
 std::string spaced_json(const std::string& rules, const std::string& more_merges = "")
