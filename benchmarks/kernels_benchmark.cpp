@@ -3,15 +3,19 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <cstring>
+#include <functional>
+#include <numeric>
 #include <random>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "selm/kernels/engine.hpp"
 
 // Rates of the engines' operations at the shapes of SmolLM2-135M: useful floating-point operations per second ("flops":
 // attention counts visible scores only; a backward pass counts 2.5 forward passes for attention, and recomputed
-// logits too for the head). One thread. Example: kernels_benchmark --benchmark_filter=xsmm
+// logits too for the head), and bytes per second of operations on rows, DeBERTa-v3-large's too. One thread. Example: kernels_benchmark --benchmark_filter=xsmm
 namespace {
 
 using namespace selm;
@@ -38,6 +42,11 @@ Tensor random_tensor(Engine& e, std::int64_t rows, std::int64_t columns, float d
 void report(benchmark::State& state, double flop)
 {
     state.counters["flops"] = benchmark::Counter(flop, benchmark::Counter::kIsIterationInvariantRate);
+}
+
+void report_bytes(benchmark::State& state, double bytes)
+{
+    state.counters["bytes"] = benchmark::Counter(bytes, benchmark::Counter::kIsIterationInvariantRate);
 }
 
 enum class Pass { forward, backward_input, backward_weight };
@@ -80,7 +89,7 @@ void linear(benchmark::State& state, bool is_xsmm, Pass pass, bool is_bf16 = fal
     }
     report(state, 2.0 * static_cast<double>(outputs * inputs * tokens));
     const double bytes = static_cast<double>(outputs * inputs) * (is_dw ? 8 : is_bf16 ? 2 : 4);
-    state.counters["bytes"] = benchmark::Counter(bytes, benchmark::Counter::kIsIterationInvariantRate);
+    report_bytes(state, bytes);
 }
 
 void attention(benchmark::State& state, bool is_xsmm, bool is_backward)
@@ -147,17 +156,89 @@ void head(benchmark::State& state, bool is_xsmm, bool is_backward)
     report(state, 2.0 * static_cast<double>(rows * vocabulary * hidden) * (is_backward ? 3 : 1));
 }
 
-void elementwise(benchmark::State& state, bool is_xsmm)
+/// One operation on rows; `floats` are those it reads and writes, each once.
+struct RowWork {
+    std::int64_t floats = 0;
+    std::function<void()> run;
+    std::function<void()> restore; ///< not timed: inputs that `run` replaces by their gradients
+};
+
+RowWork row_work(Engine& e, const std::string& operation, std::int64_t tokens, std::int64_t hidden, std::int64_t inner)
 {
-    Engine& e = *engine(is_xsmm);
-    const std::int64_t tokens = state.range(0);
-    const Tensor x = random_tensor(e, tokens, 576), y = e.allocate(tokens, 576, DType::f32),
-                 gain = random_tensor(e, 1, 576);
-    const Tensor gate_up = random_tensor(e, tokens, 3072), a = e.allocate(tokens, 1536, DType::f32);
-    for (auto _ : state) {
-        e.rms_norm(x, gain, 1e-5f, y, {});
-        e.swiglu(gate_up, a);
+    const std::int64_t small = tokens * hidden, large = tokens * inner;
+    const auto hidden_rows = [&] { return random_tensor(e, tokens, hidden); };
+    const auto copy = [](const Tensor& from, const Tensor& to) {
+        std::memcpy(to.data, from.data, static_cast<std::size_t>(from.rows * from.columns) * sizeof(float));
+    };
+    const Tensor gain = random_tensor(e, 1, hidden), bias = random_tensor(e, 1, hidden), dgain = random_tensor(e, 1, hidden);
+    const Tensor mean = random_tensor(e, 1, tokens), rstd = random_tensor(e, 1, tokens);
+    if (operation == "embed") {
+        const Tensor table = random_tensor(e, 4 * tokens, hidden), x = hidden_rows();
+        std::vector<std::int32_t> tokens_of(static_cast<std::size_t>(tokens));
+        for (std::size_t i = 0; i < tokens_of.size(); ++i)
+            tokens_of[i] = static_cast<std::int32_t>(i * 7919 % static_cast<std::size_t>(4 * tokens));
+        return {2 * small, [=, &e] { e.embed(tokens_of, table, x); }, {}};
     }
+    if (operation == "rope") {
+        const AttentionShape shape{.heads = hidden / 64, .kv_heads = hidden / 192, .head_dim = 64, .scale = 0.125f};
+        const std::int64_t turned = (shape.heads + shape.kv_heads) * 64;
+        const Tensor qkv = random_tensor(e, tokens, turned + shape.kv_heads * 64);
+        const Tensor cos = random_tensor(e, tokens, 32), sin = random_tensor(e, tokens, 32);
+        for (std::int64_t i = 0; i < tokens * 32; ++i)
+            sin.f32()[i] = std::sqrt(1 - cos.f32()[i] * cos.f32()[i]);
+        std::vector<std::int32_t> positions(static_cast<std::size_t>(tokens));
+        std::iota(positions.begin(), positions.end(), 0);
+        return {tokens * (2 * turned + 64), [=, &e] { e.rope(qkv, shape, positions, cos, sin, false); }, {}};
+    }
+    const Tensor x = hidden_rows(), y = hidden_rows(), z = hidden_rows();
+    if (operation == "rms_norm")
+        return {2 * small, [=, &e] { e.rms_norm(x, gain, 1e-5f, y, rstd); }, {}};
+    if (operation == "rms_norm_backward")
+        return {4 * small, [=, &e] { e.rms_norm_backward(x, gain, rstd, y, z, dgain); }, {}};
+    if (operation == "layer_norm") // with the residual: read x and y, write x and z
+        return {4 * small, [=, &e] { e.layer_norm(x, y, gain, bias, 1e-7f, z, mean, rstd); }, {}};
+    if (operation == "layer_norm_backward")
+        return {3 * small, [=, &e] { e.layer_norm_backward(x, gain, mean, rstd, y, z, dgain, bias); }, {}};
+    const Tensor a = random_tensor(e, tokens, inner), da = random_tensor(e, tokens, inner);
+    const bool is_swiglu = operation == "swiglu" || operation == "swiglu_backward";
+    const Tensor in = random_tensor(e, tokens, is_swiglu ? 2 * inner : inner, 4), kept = random_tensor(e, in.rows, in.columns, 4);
+    const auto restore = [=] { copy(kept, in); };
+    if (operation == "swiglu")
+        return {3 * large, [=, &e] { e.swiglu(in, a); }, {}};
+    if (operation == "swiglu_backward")
+        return {6 * large, [=, &e] { e.swiglu_backward(in, da, a); }, restore};
+    if (operation == "gelu")
+        return {2 * large, [=, &e] { e.gelu(in, a); }, {}};
+    return {4 * large, [=, &e] { e.gelu_backward(in, da, a); }, restore};
+}
+
+/// Bytes per second, to be held against a copy that reads and writes as many: see `copy`.
+void row_operation(benchmark::State& state, bool is_xsmm, const std::string& operation)
+{
+    const RowWork work = row_work(*engine(is_xsmm), operation, state.range(0), state.range(1), state.range(2));
+    for (auto _ : state) {
+        if (work.restore) {
+            state.PauseTiming();
+            work.restore();
+            state.ResumeTiming();
+        }
+        work.run();
+    }
+    report_bytes(state, 4.0 * static_cast<double>(work.floats));
+}
+
+/// Reads and writes so many megabytes together.
+void copy(benchmark::State& state)
+{
+    const auto count = static_cast<std::size_t>(state.range(0)) * 1000000 / (2 * sizeof(float));
+    const std::vector<float> from(count, 1.0f);
+    std::vector<float> to(count);
+    for (auto _ : state) {
+        std::memcpy(to.data(), from.data(), count * sizeof(float));
+        benchmark::DoNotOptimize(to.data());
+        benchmark::ClobberMemory();
+    }
+    report_bytes(state, 8.0 * static_cast<double>(count));
 }
 
 void adamw(benchmark::State& state)
@@ -210,7 +291,10 @@ void register_engine(const char* name, bool is_xsmm)
         ->Args({16, 256});
     add("head", [=](benchmark::State& s) { head(s, is_xsmm, false); })->Arg(512);
     add("head_backward", [=](benchmark::State& s) { head(s, is_xsmm, true); })->Arg(512);
-    add("norm_and_swiglu", [=](benchmark::State& s) { elementwise(s, is_xsmm); })->Arg(16)->Arg(1583);
+    for (const char* operation : {"embed", "rms_norm", "rms_norm_backward", "rope", "swiglu", "swiglu_backward"})
+        add(operation, [=](benchmark::State& s) { row_operation(s, is_xsmm, operation); })->Args({1536, 576, 1536});
+    for (const char* operation : {"layer_norm", "layer_norm_backward", "gelu", "gelu_backward"})
+        add(operation, [=](benchmark::State& s) { row_operation(s, is_xsmm, operation); })->Args({1536, 1024, 4096});
 }
 
 } // namespace
@@ -220,6 +304,9 @@ int main(int argc, char** argv)
     const selm::KernelRuntime runtime(1);
     register_engine("xsmm", true);
     register_engine("aten", false);
+    // as many megabytes as the row operations read and write
+    for (const int megabytes : {7, 10, 14, 19, 25, 28, 50, 57, 100})
+        benchmark::RegisterBenchmark("copy", copy)->Arg(megabytes)->Unit(benchmark::kMillisecond);
     benchmark::RegisterBenchmark("adamw", adamw)->Arg(8 << 20)->Unit(benchmark::kMillisecond);
     benchmark::Initialize(&argc, argv);
     if (benchmark::ReportUnrecognizedArguments(argc, argv))

@@ -13,10 +13,61 @@ namespace {
 
 using HostSpace = Kokkos::DefaultHostExecutionSpace;
 
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+// A body is compiled three times, for the build's target and for those below, with all that it calls inlined; the CPU decides
+// at run time. So a portable build has wide vectors, too.
 template<typename Body>
-void for_rows(const char* label, std::int64_t rows, const Body& body)
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512"), flatten, noinline)) void
+run_avx512(const Body& body, std::int64_t begin, std::int64_t end)
 {
-    Kokkos::parallel_for(label, Kokkos::RangePolicy<HostSpace, Kokkos::IndexType<std::int64_t>>(0, rows), body);
+    for (std::int64_t row = begin; row < end; ++row)
+        body(row);
+}
+
+template<typename Body>
+__attribute__((target("avx2,fma,prefer-vector-width=256"), flatten, noinline)) void
+run_avx2(const Body& body, std::int64_t begin, std::int64_t end)
+{
+    for (std::int64_t row = begin; row < end; ++row)
+        body(row);
+}
+
+enum class Vectors { of_build, avx2, avx512 };
+
+Vectors widest_vectors()
+{
+    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        return Vectors::avx512;
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? Vectors::avx2 : Vectors::of_build;
+}
+
+template<typename Body>
+void run_rows(const Body& body, std::int64_t begin, std::int64_t end)
+{
+    static const Vectors vectors = widest_vectors();
+    if (vectors == Vectors::avx512)
+        return run_avx512(body, begin, end);
+    if (vectors == Vectors::avx2)
+        return run_avx2(body, begin, end);
+    for (std::int64_t row = begin; row < end; ++row)
+        body(row);
+}
+#else
+template<typename Body>
+void run_rows(const Body& body, std::int64_t begin, std::int64_t end)
+{
+    for (std::int64_t row = begin; row < end; ++row)
+        body(row);
+}
+#endif
+
+/// body(row) for all rows; a thread takes `at_once` of them at a time.
+template<typename Body>
+void for_rows(const char* label, std::int64_t rows, const Body& body, std::int64_t at_once = 16)
+{
+    Kokkos::parallel_for(label,
+                         Kokkos::RangePolicy<HostSpace, Kokkos::IndexType<std::int64_t>>(0, (rows + at_once - 1) / at_once),
+                         [&](std::int64_t i) { run_rows(body, i * at_once, std::min(rows, (i + 1) * at_once)); });
     HostSpace().fence();
 }
 
@@ -27,16 +78,11 @@ void for_column_blocks(const char* label, std::int64_t columns, const Body& body
 {
     const std::int64_t threads = std::max<std::int64_t>(1, HostSpace().concurrency());
     const std::int64_t block = std::max<std::int64_t>(64, (columns + threads - 1) / threads);
-    for_rows(label, (columns + block - 1) / block, [=](std::int64_t i) {
+    const auto run_block = [=](std::int64_t i) {
         const std::int64_t begin = i * block;
         body(begin, std::min(block, columns - begin));
-    });
-}
-
-void add_row(const float* from, std::int64_t columns, float* to)
-{
-    for (std::int64_t c = 0; c < columns; ++c)
-        to[c] += from[c];
+    };
+    for_rows(label, (columns + block - 1) / block, run_block, 1);
 }
 
 std::int64_t count_of(std::size_t size)
@@ -112,14 +158,9 @@ void rms_norm_backward(const Tensor& x_TH, const Tensor& gain, const Tensor& rst
     const float* const gain_data = gain.f32();
     float* const dgain_data = dgain.f32();
     for_column_blocks("rms_norm_backward_gain", dgain.empty() ? 0 : columns, [&](std::int64_t begin, std::int64_t count) {
-        for (std::int64_t row = 0; row < rows; ++row) {
-            const float* x = x_TH.row_f32(row) + begin;
-            const float* dy = dy_TH.row_f32(row) + begin;
-            float* to = dgain_data + begin;
-            const float scale = rstd_data[row];
-            for (std::int64_t c = 0; c < count; ++c)
-                to[c] += dy[c] * x[c] * scale;
-        }
+        for (std::int64_t row = 0; row < rows; ++row)
+            add_scaled_product(dy_TH.row_f32(row) + begin, x_TH.row_f32(row) + begin, rstd_data[row], count,
+                               dgain_data + begin);
     });
     for_rows("rms_norm_backward", rows, [&](std::int64_t row) {
         rms_norm_backward_row(x_TH.row_f32(row), gain_data, rstd_data[row], dy_TH.row_f32(row), columns,
@@ -172,19 +213,19 @@ void layer_norm_backward(const Tensor& x_TH, const Tensor& gain, const Tensor& m
     if (rows == 0)
         return;
     const float *const mean_data = mean.f32(), *const rstd_data = rstd.f32(), *const gain_data = gain.f32();
-    float* const dgain_data = dgain.f32();
-    for_column_blocks("layer_norm_backward_gain", dgain.empty() ? 0 : columns, [&](std::int64_t begin, std::int64_t count) {
+    float* const dgain_data = dgain.empty() ? nullptr : dgain.f32();
+    float* const dbias_data = dbias.empty() ? nullptr : dbias.f32();
+    const bool has_sums = !dgain.empty() || !dbias.empty();
+    for_column_blocks("layer_norm_backward_sums", has_sums ? columns : 0, [&](std::int64_t begin, std::int64_t count) {
         for (std::int64_t row = 0; row < rows; ++row) {
-            const float* x = x_TH.row_f32(row) + begin;
-            const float* dy = dy_TH.row_f32(row) + begin;
-            float* to = dgain_data + begin;
-            const float center = mean_data[row], scale = rstd_data[row];
-            for (std::int64_t c = 0; c < count; ++c)
-                to[c] += dy[c] * ((x[c] - center) * scale);
+            const float* const dy = dy_TH.row_f32(row) + begin;
+            if (dgain_data != nullptr)
+                add_normalised_product(dy, x_TH.row_f32(row) + begin, {mean_data[row], rstd_data[row]}, count,
+                                       dgain_data + begin);
+            if (dbias_data != nullptr)
+                add_row(dy, count, dbias_data + begin);
         }
     });
-    if (!dbias.empty())
-        bias_backward(dy_TH, dbias);
     for_rows("layer_norm_backward", rows, [&](std::int64_t row) {
         layer_norm_backward_row(x_TH.row_f32(row), gain_data, {mean_data[row], rstd_data[row]}, dy_TH.row_f32(row),
                                 columns, dx_TH.row_f32(row));
@@ -238,9 +279,10 @@ void rope(const Tensor& qkv, const AttentionShape& shape, std::span<const std::i
     const float sign = backward ? -1.0f : 1.0f;
     for_rows("rope", qkv.rows, [&](std::int64_t row) {
         const std::int64_t position = positions[static_cast<std::size_t>(row)];
-        for (std::int64_t head = 0; head < heads; ++head)
-            rope_head(qkv.row_f32(row) + head * shape.head_dim, cos.row_f32(position), sin.row_f32(position), sign,
-                      half);
+        const float *const cosines = cos.row_f32(position), *const sines = sin.row_f32(position);
+        float* head = qkv.row_f32(row);
+        for (std::int64_t i = 0; i < heads; ++i, head += 2 * half)
+            rope_halves(head, head + half, cosines, sines, sign, half);
     });
 }
 

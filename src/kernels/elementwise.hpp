@@ -1,9 +1,9 @@
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdint>
-#include <limits>
 #include <span>
 
 #include "scalar_functions.hpp"
@@ -14,40 +14,40 @@
 // Shapes as in engine.hpp; all tensors are f32 unless said.
 namespace selm::elementwise {
 
-/// Floats summed side by side by the row reductions: a whole number of vectors of any instruction set.
-inline constexpr int lanes = 16;
+/// Floats summed side by side by the row reductions: several vectors of any instruction set, so that no addition waits for
+/// the one before it.
+inline constexpr int lanes = 64;
 
 inline std::uint16_t to_bf16(float value) { return bf16_of(value); }
 inline float from_bf16(std::uint16_t value) { return float_of_bf16(value); }
 
 /**
- * @brief exp(x) with a relative error below 2e-7 for |x| <= 87; 0 below -87.3, infinity above 88.7; NaN stays NaN.
+ * @brief exp(x) with a relative error below 2e-7 for -87.3 <= x <= 88; 0 below -87.7, exp(88) above 88. Of a NaN it makes one of
+ * these numbers: it is for factors of an x that stays NaN.
  *
- * Written without branches or calls, so that loops over it become vector code. Cody-Waite reduction to
- * [-ln2/2, ln2/2] and the minimax polynomial of Cephes' expf.
+ * Written without branches or calls, so that loops over it become vector code: the bounds are those of integers (compilers
+ * turn bounds of floats into branches), in whose order the bits of floats are when both are positive and, unsigned, when
+ * both are negative. Cody-Waite reduction to [-ln2/2, ln2/2] and the minimax polynomial of Cephes' expf.
  */
-inline float fast_exp(float x)
+inline float bounded_exp(float x)
 {
     constexpr float log2_e = 1.44269504088896341f, ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
     constexpr float round_magic = 12582912.0f; // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
-    const float clamped = x < -87.3f ? -87.3f : (x > 88.7f ? 88.7f : x);
-    const float shifted = clamped * log2_e + round_magic;
+    const std::int32_t below = std::min(std::bit_cast<std::int32_t>(x), std::bit_cast<std::int32_t>(88.0f));
+    const std::uint32_t bounded = std::min(static_cast<std::uint32_t>(below), std::bit_cast<std::uint32_t>(-88.0f));
+    const float argument = std::bit_cast<float>(bounded);
+    const float shifted = argument * log2_e + round_magic;
     const float n = shifted - round_magic;
-    const float r = (clamped - n * ln2_high) - n * ln2_low;
+    const float r = (argument - n * ln2_high) - n * ln2_low;
     float p = 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    // 2^n in two factors, because n = 128 has no finite float of its own. n is read from the bits of `shifted`.
-    const std::uint32_t k = std::bit_cast<std::uint32_t>(shifted) - std::bit_cast<std::uint32_t>(round_magic) + 256;
-    const std::uint32_t half = k >> 1; // n/2 + 128, rounded down
-    const float first = std::bit_cast<float>((half - 1) << 23);
-    const float second = std::bit_cast<float>((k - half - 1) << 23);
-    const float y = p * first * second;
-    return x < -87.3f ? 0.0f : (x > 88.7f ? std::numeric_limits<float>::infinity() : y);
+    p = p * (r * r) + (r + 1.0f);
+    // The low mantissa bits of `shifted` hold n, from -127 to 127: moved into the exponent of 1 they make 2^n, or 0 of -127.
+    return p * std::bit_cast<float>((std::bit_cast<std::uint32_t>(shifted) << 23) + 0x3f800000u);
 }
 
 void fill_zero(const Tensor& x);
