@@ -28,12 +28,14 @@ def import_work(bench):
 
     def ours(repetition):
         remove(ours_file)
+        os.sync()  # a side must not wait for what the other one left to be written
         done = bench.command([bench.program("selm_import"), "--input", source, "--output", ours_file], memory=True)
         return {"rows_per_s": rows / done["wall_s"], "seconds": done["wall_s"], "wall_s": done["wall_s"], "peak_rss_bytes": done["peak_rss_bytes"], "pss_bytes": done["pss_bytes"],
                 "gib": done["peak_rss_bytes"] / 2**30}
 
     def peer(script):
         remove(peer_file)
+        os.sync()
         done = bench.python(script, source, peer_file, memory=True)
         if script not in checked:
             checked[script] = bench.python("make_rows", "compare", ours_file, peer_file)["different"]
