@@ -57,7 +57,9 @@ class Others:
     def cores(self):
         then, busy, own = self.start
         elapsed = self.clock() - then
-        return max(0.0, (busy_seconds() - busy) - (own_seconds() - own)) / elapsed if elapsed > 0 else 0.0
+        if elapsed < 0.2:  # the kernel counts in hundredths of a second
+            return 0.0
+        return max(0.0, (busy_seconds() - busy) - (own_seconds() - own)) / elapsed
 
 
 def proportional_set_size(pid):
