@@ -11,23 +11,27 @@
 
 namespace selm {
 
-std::unique_ptr<Engine> make_xsmm_engine(const EngineOptions&)
+std::unique_ptr<Engine> make_xsmm_engine(const EngineOptions& options)
 {
-    return std::make_unique<xsmm::XsmmEngine>();
+    return std::make_unique<xsmm::XsmmEngine>(xsmm::XsmmEngine::Products::automatic, options.products);
 }
 
 namespace xsmm {
 
-XsmmEngine::XsmmEngine(Products products)
-    : uses_avx2_(products == Products::automatic && !kernels_.has_avx512() && avx2::is_supported())
+XsmmEngine::XsmmEngine(Products products, DType operands)
+    : uses_avx2_(products == Products::automatic && !kernels_.has_avx512() && avx2::is_supported()),
+      wants_bf16_(operands == DType::bf16), uses_bf16_(wants_bf16_ && kernels_.has_bf16())
 {
     SELM_EXPECT(!uses_avx2_ || kernels_.panel_width() == avx2::panel_width);
 }
 
 std::string XsmmEngine::description() const
 {
-    std::string text = cat("xsmm (LIBXSMM ", LIBXSMM_CONFIG_VERSION, ", ", kernels_.target(), ", f32, panels of ",
+    std::string text = cat("xsmm (LIBXSMM ", LIBXSMM_CONFIG_VERSION, ", ", kernels_.target(),
+                           uses_bf16_ ? ", bf16 products summed in f32" : ", f32 products", ", panels of ",
                            kernels_.panel_width());
+    if (wants_bf16_ && !uses_bf16_)
+        text += ", this CPU does not multiply bf16";
     if (uses_avx2_)
         text += ", own AVX2 kernels for linear layers";
     if (kernels_.plain_loops() > 0)

@@ -26,7 +26,7 @@ class XsmmEngine final : public Engine {
   public:
     /// Which kernels multiply panels: LIBXSMM's where it has AVX-512 code, else those of avx2_gemm.hpp.
     enum class Products { automatic, libxsmm };
-    explicit XsmmEngine(Products products = Products::automatic);
+    explicit XsmmEngine(Products products = Products::automatic, DType operands = DType::f32);
 
     std::string name() const override { return "xsmm"; }
     std::string description() const override;
@@ -190,7 +190,9 @@ class XsmmEngine final : public Engine {
                             std::int64_t column, std::int64_t columns, float* tile);
 
     GemmKernels kernels_;
-    bool uses_avx2_ = false; ///< panels are multiplied by the kernels of avx2_gemm.hpp, else by LIBXSMM's
+    bool uses_avx2_ = false; ///< f32 panels are multiplied by the kernels of avx2_gemm.hpp, else by LIBXSMM's
+    bool wants_bf16_ = false; ///< asked for
+    bool uses_bf16_ = false;  ///< operands of products are bf16
     MemoryPool memory_;
     Scratch expanded_, x_panels_, dy_transposed_, score_tile_, output_tile_, keys_transposed_, backward_tiles_,
         decode_scores_, logit_tile_, logit_gradient_, relative_blocks_, contents_, values_transposed_,

@@ -16,6 +16,8 @@ struct GemmShape {
     std::int32_t m = 0, n = 0, k = 0;
     std::int32_t lda = 0, ldb = 0, ldc = 0;
     bool accumulate = false;
+    /// A and B are bf16, C is f32, k is even; A's rows 2i and 2i + 1 lie interleaved: [k/2][lda][2].
+    bool bf16 = false;
 
     bool operator==(const GemmShape&) const = default;
 };
@@ -23,12 +25,13 @@ struct GemmShape {
 /// Compiled by LIBXSMM for its shape, or a plain loop where LIBXSMM has no code for it.
 class GemmKernel {
   public:
-    using Compiled = void (*)(const float* a, const float* b, float* c, ...);
+    using Compiled = void (*)(const void* a, const void* b, float* c, ...);
 
     GemmKernel() = default;
     GemmKernel(Compiled compiled, const GemmShape& shape) : compiled_(compiled), shape_(shape) {}
 
-    void operator()(const float* a, const float* b, float* c) const
+    /// @param a, b f32, or bf16 where the shape says so.
+    void operator()(const void* a, const void* b, float* c) const
     {
         if (compiled_ != nullptr) [[likely]]
             compiled_(a, b, c);
@@ -38,8 +41,8 @@ class GemmKernel {
 
     const GemmShape& shape() const { return shape_; }
     bool is_compiled() const { return compiled_ != nullptr; }
-    /// Every output element is one chain of fused multiply-adds in order of k, as in the compiled kernels.
-    void run_plain_loop(const float* a, const float* b, float* c) const;
+    /// Every output element is one chain of fused multiply-adds in order of k, as in the compiled f32 kernels.
+    void run_plain_loop(const void* a, const void* b, float* c) const;
 
   private:
     Compiled compiled_ = nullptr;
@@ -58,13 +61,15 @@ class GemmKernels {
     const std::string& target() const { return target_; }
     /// Whether the compiled kernels have 512-bit vectors.
     bool has_avx512() const { return panel_width_ == 64; }
+    /// Whether shapes with bf16 are compiled to instructions that multiply bf16 numbers.
+    bool has_bf16() const { return has_bf16_; }
     /// Shapes for which a plain loop runs instead of compiled code.
     std::int64_t plain_loops() const { return plain_loops_; }
     /// Measured once at construction: are the bits of a row of C independent of how many rows the call has?
     bool is_row_invariant() const { return is_row_invariant_; }
 
   private:
-    bool measure_row_invariance();
+    bool measure_row_invariance(bool bf16);
     void grow();
 
     std::vector<GemmKernel> table_; ///< open addressing; a free place has m = 0
@@ -72,7 +77,7 @@ class GemmKernels {
     std::int32_t panel_width_ = 32;
     std::string target_;
     std::int64_t plain_loops_ = 0;
-    bool is_row_invariant_ = false;
+    bool has_bf16_ = false, is_row_invariant_ = false;
 };
 
 } // namespace selm::xsmm

@@ -38,10 +38,7 @@ DecoderTrainer::DecoderTrainer(const TrainOptions& options, bool reward)
     : options_(options),
       config_(reward ? reward_config(options.policy) : DecoderConfig::from_directory(options.policy)),
       reader_(options.policy),
-      engine_(make_engine({.engine = options.common.engine,
-                           .device = options.common.device == "cuda" ? Device::cuda : Device::cpu,
-                           .threads = static_cast<int>(options.common.threads),
-                           .activation = parse_dtype(options.common.dtype)}))
+      engine_(make_engine(engine_options(options.common, parse_dtype(options.common.dtype))))
 {
     SELM_VALIDATE(
         reward || !config_.sequence_classifier, ExitCode::configuration,

@@ -213,10 +213,7 @@ ordered_json to_json(const PhaseMemory& memory, std::int64_t ranks_per_node)
 
 std::unique_ptr<Engine> engine_of(const CommonOptions& common)
 {
-    return make_engine({.engine = common.engine,
-                        .device = common.device == "cuda" ? Device::cuda : Device::cpu,
-                        .threads = static_cast<int>(common.threads),
-                        .activation = parse_dtype(common.dtype)});
+    return make_engine(engine_options(common, parse_dtype(common.dtype)));
 }
 
 /// Memory of each phase; refuses a node that is too small.

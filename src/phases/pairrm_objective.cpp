@@ -47,9 +47,7 @@ class PairRmObjective final : public TrainingObjective {
           config_(ranker_config(start_config_, tokenizer_)),
           tokens_(PairTokens::of(tokenizer_, config_, options.policy)),
           encoder_(tokenizer_, tokens_, PairLimits::from_directory(options.policy), PairRankMode::per_row),
-          engine_(make_engine({.engine = options.common.engine,
-                               .device = Device::cpu,
-                               .threads = static_cast<int>(options.common.threads)}))
+          engine_(make_engine(engine_options(options.common, parse_dtype(options.common.dtype))))
     {
         SELM_VALIDATE(rows() > 0, ExitCode::bad_data,
                       options.data << " has no rows there (there is nothing to train on). Check --rows");

@@ -16,14 +16,6 @@ namespace {
 
 constexpr std::int64_t unused_rows_warned = 1024;
 
-EngineOptions engine_options(const CommonOptions& options)
-{
-    return {.engine = options.engine,
-            .device = options.device == "cuda" ? Device::cuda : Device::cpu,
-            .threads = static_cast<int>(options.threads),
-            .activation = parse_dtype(options.dtype)};
-}
-
 /// Resident weights that let something else happen before each layer.
 class InterleavedWeights final : public WeightStore {
   public:
@@ -81,7 +73,7 @@ std::unique_ptr<SharedModel> SharedModel::from_directory(const std::string& dire
     agree(comm, "opening the model", [&] {
         m.dtype = parse_dtype(options.dtype);
         m.config = DecoderConfig::from_directory(directory);
-        m.engine = make_engine(engine_options(options));
+        m.engine = make_engine(engine_options(options, m.dtype));
         m.reader = std::make_unique<SafetensorsReader>(directory);
         check_model_tensors(*m.reader, m.config, directory);
         elements = ResidentWeights::memory_elements(m.config, *m.engine, false, m.dtype);
@@ -171,6 +163,15 @@ void check_vocabulary(const std::string& directory, std::int64_t tokenizer_size,
     if (model_vocabulary - tokenizer_size >= unused_rows_warned)
         SELM_LOG(warning, directory << ": the tokenizer has " << tokenizer_size << " ids, the model's embedding "
                                     << model_vocabulary << " rows; check that they belong together");
+}
+
+EngineOptions engine_options(const CommonOptions& options, DType dtype)
+{
+    return {.engine = options.engine,
+            .device = options.device == "cuda" ? Device::cuda : Device::cpu,
+            .threads = static_cast<int>(options.threads),
+            .activation = dtype,
+            .products = dtype};
 }
 
 DType parse_dtype(const std::string& word)

@@ -46,10 +46,7 @@ std::unique_ptr<SharedPairModel> SharedPairModel::from_directory(const std::stri
                                    "trained one, or make one with selm_train --objective pairrm");
         m.tokenizer.emplace(UnigramTokenizer::from_directory(directory));
         check_vocabulary(directory, m.tokenizer->vocabulary_size(), m.config.vocabulary);
-        m.engine = make_engine({.engine = options.engine,
-                                .device = options.device == "cuda" ? Device::cuda : Device::cpu,
-                                .threads = static_cast<int>(options.threads),
-                                .activation = m.dtype});
+        m.engine = make_engine(engine_options(options, m.dtype));
         m.reader = std::make_unique<SafetensorsReader>(directory);
         elements = PairWeights::memory_elements(m.config, *m.engine, false);
     });

@@ -75,7 +75,8 @@ inline constexpr std::int64_t prefill_tile = 64;
 /**
  * @brief The operations that models are written in, forward and explicit backward, on one device.
  *
- * Activations are `activation_dtype()` (f32 on CPUs, whatever --dtype says: --dtype bf16 rounds the *weights* to bf16);
+ * Activations are `activation_dtype()` (f32 on CPUs, whatever --dtype says: --dtype bf16 rounds the *weights* to bf16, and
+ * the operands of products where EngineOptions::products says so);
  * residual streams, log-probs and all gradients of weights are f32. Outputs may not alias inputs unless said. Not thread
  * safe: one engine per thread. Nothing here communicates.
  *
@@ -196,7 +197,10 @@ struct EngineOptions {
     std::string engine = "auto"; ///< auto | xsmm | aten; auto = xsmm on CPUs with AVX2 and FMA or better, else aten
     Device device = Device::cpu;
     int threads = 1;             ///< of ATen; xsmm uses one thread per rank
-    DType activation = DType::bf16; ///< of activations and weights on CUDA devices; CPUs compute in f32
+    DType activation = DType::bf16; ///< of activations and weights on CUDA devices; of CPUs it is f32
+    /// Of xsmm. bf16: the operands of products are rounded to bf16 and the products summed in f32, where the CPU multiplies
+    /// bf16 numbers (AVX-512 BF16); elsewhere products are f32, and description() says so. f32: products of f32 numbers.
+    DType products = DType::f32;
 };
 
 /// @throws Error configuration when the engine cannot run here (says why) or the device was not built.

@@ -63,4 +63,7 @@ void check_vocabulary(const std::string& directory, std::int64_t tokenizer_size,
 /// "bf16" or "fp32". @throws Error usage.
 DType parse_dtype(const std::string& word);
 
+/// The engine that the options name; weights, activations on CUDA devices, operands of products on CPUs are of `dtype`.
+EngineOptions engine_options(const CommonOptions& options, DType dtype);
+
 } // namespace selm

@@ -1,0 +1,93 @@
+#include "bf16_rows.hpp"
+
+#include "selm/base/error.hpp"
+
+#if defined(__x86_64__)
+
+#include <algorithm>
+
+#include <immintrin.h>
+
+// Compiled for AVX-512 whatever the build's target is: every function says so, and is called after cpu_has_bf16().
+#define SELM_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
+#define SELM_BF16_INLINE __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16"), always_inline)) inline
+
+namespace selm::xsmm {
+namespace {
+
+/// The first `count` lanes.
+SELM_BF16_INLINE __mmask16 first_lanes(std::int64_t count)
+{
+    return static_cast<__mmask16>(count >= 16 ? 0xffffu : (1u << count) - 1u);
+}
+
+/// 16 floats rounded to bf16, each in the low half of its lane.
+SELM_BF16_INLINE __m512i rounded(__m512 values)
+{
+    return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(values));
+}
+
+} // namespace
+
+bool cpu_has_bf16()
+{
+    return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512bf16");
+}
+
+SELM_BF16 void pair_columns(const float* from, std::int64_t from_stride, std::int64_t rows, std::int64_t columns,
+                            float* to, std::int64_t to_stride)
+{
+    for (std::int64_t row = 0; row < rows; ++row, from += from_stride, to += to_stride) {
+        std::int64_t column = 0;
+        for (; column + 32 <= columns; column += 32)
+            _mm512_storeu_si512(to + column / 2, (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + column + 16),
+                                                                            _mm512_loadu_ps(from + column)));
+        for (; column < columns; column += 16) {
+            const __m512 values = _mm512_maskz_loadu_ps(first_lanes(columns - column), from + column);
+            const __m256i numbers = (__m256i)_mm512_cvtneps_pbh(values);
+            _mm256_mask_storeu_epi32(to + column / 2,
+                                     static_cast<__mmask8>(first_lanes(pairs_of(columns - column)) & 0xffu), numbers);
+        }
+    }
+}
+
+SELM_BF16 void pair_rows(const float* from, std::int64_t from_stride, std::int64_t rows, std::int64_t columns, float* to,
+                         std::int64_t to_stride)
+{
+    for (std::int64_t row = 0; row < rows; row += 2, from += 2 * from_stride, to += to_stride) {
+        const bool has_second = row + 1 < rows;
+        for (std::int64_t column = 0; column < columns; column += 16) {
+            const __mmask16 lanes = first_lanes(columns - column);
+            const __m512i first = rounded(_mm512_maskz_loadu_ps(lanes, from + column));
+            const __m512 below =
+                has_second ? _mm512_maskz_loadu_ps(lanes, from + from_stride + column) : _mm512_setzero_ps();
+            _mm512_mask_storeu_epi32(to + column, lanes, _mm512_or_si512(first, _mm512_slli_epi32(rounded(below), 16)));
+        }
+    }
+}
+
+} // namespace selm::xsmm
+
+#else
+
+namespace selm::xsmm {
+
+bool cpu_has_bf16()
+{
+    return false;
+}
+
+void pair_columns(const float*, std::int64_t, std::int64_t, std::int64_t, float*, std::int64_t)
+{
+    SELM_EXPECT(cpu_has_bf16());
+}
+
+void pair_rows(const float*, std::int64_t, std::int64_t, std::int64_t, float*, std::int64_t)
+{
+    SELM_EXPECT(cpu_has_bf16());
+}
+
+} // namespace selm::xsmm
+
+#endif
