@@ -13,14 +13,18 @@
 namespace selm::xsmm {
 
 /**
- * @brief Engine for x86 CPUs: small matrix kernels on weights packed in panels, f32 throughout, one thread. The kernels are
- * LIBXSMM's; products with weights use those of avx2_gemm.hpp on CPUs without AVX-512.
+ * @brief Engine for x86 CPUs: small matrix kernels on weights packed in panels, activations in f32, one thread. The kernels
+ * are LIBXSMM's; f32 products with weights use those of avx2_gemm.hpp on CPUs without AVX-512.
  *
  * Panels: forward [ceil(N/nb)][K][nb] with outputs innermost, backward [ceil(K/nb)][N][nb] with inputs innermost; nb is
  * the kernels' panel width and the last panel is padded with zeros. Panels are f32, but forward panels of weights
  * packed without backward, all of whose values are bf16 numbers, are bf16: decoding reads half the memory, and each
  * piece is expanded to f32 right before it is multiplied, so that the results have the same bits. A header in front
  * of the forward panels says which: another rank may have packed them.
+ *
+ * With bf16 operands all panels are bf16, forward [ceil(N/nb)][ceil(K/2)][nb][2] and backward [ceil(K/nb)][ceil(N/2)][nb][2]:
+ * two numbers that follow one another in the sum are neighbours (pairs, bf16_rows.hpp). Rows are rounded as they are
+ * multiplied.
  */
 class XsmmEngine final : public Engine {
   public:
@@ -98,20 +102,27 @@ class XsmmEngine final : public Engine {
     struct Panels {
         const float* f32 = nullptr;
         const std::uint32_t* bf16 = nullptr; ///< two numbers a word
+        const float* pairs = nullptr;        ///< operands of bf16 products, two numbers in the place of a float
         Panels from(std::int64_t element) const
         {
-            return {f32 == nullptr ? nullptr : f32 + element, bf16 == nullptr ? nullptr : bf16 + element / 2};
+            return {.f32 = f32 == nullptr ? nullptr : f32 + element,
+                    .bf16 = bf16 == nullptr ? nullptr : bf16 + element / 2,
+                    .pairs = pairs == nullptr ? nullptr : pairs + element / 2};
         }
     };
     static Panels forward_panels(const PackedWeight& w);
+    Panels backward_panels(const PackedWeight& w) const;
+    /// Numbers of a panel whose sums have `depth` terms.
+    std::int64_t panel_numbers(std::int64_t depth) const;
     void pack_panels(const Tensor& weight, bool is_bf16, const PackedWeight& out);
+    void pack_pairs(const Tensor& weight, const PackedWeight& out);
 
     /// y[rows, outputs] = or += x[rows, inputs] times panels.
     struct PanelProduct {
         const float* x = nullptr;
         std::int64_t x_stride = 0, rows = 0, inputs = 0, outputs = 0;
         Panels panels;
-        std::int64_t panel_elements = 0; ///< from one panel to the next; 0: inputs times the panels' width
+        std::int64_t panel_elements = 0; ///< from one panel to the next; 0: those of `inputs`
         float* y = nullptr;
         std::int64_t y_stride = 0;
         const float* bias = nullptr; ///< [outputs], added to each row unless null; not with accumulate
@@ -120,10 +131,12 @@ class XsmmEngine final : public Engine {
     void multiply(const PanelProduct& product);
     static void multiply_block(const PanelProduct& product, std::int64_t row, std::int64_t rows, std::int64_t output);
     void multiply_libxsmm(const PanelProduct& product);
+    void multiply_bf16(const PanelProduct& product);
     void multiply_linear(const Tensor& x_TK, const PackedWeight& w, const Tensor& y_TN, const float* bias,
                          bool accumulate);
 
-    /// dw[n][k] += sum over t of dy_transposed[n][t] * x[t][k], x given in column panels [ceil(K/nb)][rows][nb].
+    /// dw[n][k] += sum over t of dy_transposed[n][t] * x[t][k], x given in column panels [ceil(K/nb)][rows][nb]. With bf16
+    /// operands dy_transposed and x_panels hold pairs of rows in the places of rows.
     struct WeightGradient {
         const float* dy_transposed = nullptr;
         std::int64_t dy_stride = 0, rows = 0, outputs = 0, inputs = 0;
@@ -132,9 +145,14 @@ class XsmmEngine final : public Engine {
         std::int64_t dw_stride = 0;
     };
     void add_weight_gradient(const WeightGradient& gradient);
-    /// panels [ceil(columns/width)][rows][width] of a row-major matrix; the padding of the last panel is cleared.
-    static void copy_to_column_panels(const float* from, std::int64_t from_stride, std::int64_t rows,
-                                      std::int64_t columns, std::int64_t width, float* panels);
+    /// Rows of f32 numbers, or of pairs, that `rows` rows take in x_panels and dy_transposed.
+    std::int64_t gradient_rows(std::int64_t rows) const;
+    /// x_panels [ceil(columns/nb)][gradient_rows(rows)][nb] of a row-major matrix; the padding of the last panel is cleared.
+    void make_column_panels(const float* from, std::int64_t from_stride, std::int64_t rows, std::int64_t columns,
+                            float* panels) const;
+    /// dy_transposed [columns][gradient_rows(rows)] of a row-major matrix.
+    void transpose_gradient(const float* from, std::int64_t from_stride, std::int64_t rows, std::int64_t columns,
+                            float* to);
 
     /// Query rows of one head against a list of key tiles.
     struct KeyTile {
@@ -194,7 +212,7 @@ class XsmmEngine final : public Engine {
     bool wants_bf16_ = false; ///< asked for
     bool uses_bf16_ = false;  ///< operands of products are bf16
     MemoryPool memory_;
-    Scratch expanded_, x_panels_, dy_transposed_, score_tile_, output_tile_, keys_transposed_, backward_tiles_,
+    Scratch expanded_, rounded_rows_, gradient_pairs_, x_panels_, dy_transposed_, score_tile_, output_tile_, keys_transposed_, backward_tiles_,
         decode_scores_, logit_tile_, logit_gradient_, relative_blocks_, contents_, values_transposed_,
         content_to_position_, position_to_content_, relative_gradient_, position_gradient_;
     std::vector<KeyTile> key_tiles_;

@@ -45,6 +45,13 @@ float element(const void* from, std::int64_t i, bool bf16)
 
 } // namespace
 
+void GemmKernel::run_row_by_row(const void* a, const void* b, float* c) const
+{
+    const std::int64_t row_bytes = shape_.ldb * (shape_.bf16 ? 2 : 4);
+    for (std::int64_t row = 0; row < shape_.n; ++row)
+        compiled_(a, static_cast<const char*>(b) + row * row_bytes, c + row * shape_.ldc);
+}
+
 void GemmKernel::run_plain_loop(const void* a, const void* b, float* c) const
 {
     const std::int64_t lda = shape_.lda, ldb = shape_.ldb, pair = shape_.bf16 ? 2 : 1;
@@ -86,12 +93,19 @@ GemmKernel GemmKernels::find(const GemmShape& shape)
         --used_;
         return find(shape);
     }
-    const GemmKernel::Compiled compiled = compile(shape);
+    // LIBXSMM's AVX-512 code for a single vector of columns, or for such a rest, splits the sums in a way that depends on
+    // the number of rows: rows would not keep their bits.
+    const std::int32_t rest = shape.m % 64;
+    const bool row_by_row = has_avx512() && rest >= 1 && rest <= 16;
+    GemmShape compiled_shape = shape;
+    if (row_by_row)
+        compiled_shape.n = 1;
+    const GemmKernel::Compiled compiled = compile(compiled_shape);
     if (compiled == nullptr && plain_loops_++ == 0)
         SELM_LOG_LOCAL(warning, "LIBXSMM (" << target_ << ") has no kernel for the product m=" << shape.m
                                             << " n=" << shape.n << " k=" << shape.k
                                             << (shape.bf16 ? " in bf16" : "") << ": a plain loop computes it, and others like it, more slowly");
-    table_[place] = GemmKernel(compiled, shape);
+    table_[place] = GemmKernel(compiled, shape, row_by_row && compiled != nullptr);
     return table_[place];
 }
 

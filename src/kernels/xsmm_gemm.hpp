@@ -28,25 +28,36 @@ class GemmKernel {
     using Compiled = void (*)(const void* a, const void* b, float* c, ...);
 
     GemmKernel() = default;
-    GemmKernel(Compiled compiled, const GemmShape& shape) : compiled_(compiled), shape_(shape) {}
+    /// @param row_by_row compiled has one row, and is called for each of the shape's.
+    GemmKernel(Compiled compiled, const GemmShape& shape, bool row_by_row = false)
+        : compiled_(compiled), shape_(shape), row_by_row_(row_by_row)
+    {
+    }
 
     /// @param a, b f32, or bf16 where the shape says so.
     void operator()(const void* a, const void* b, float* c) const
     {
-        if (compiled_ != nullptr) [[likely]]
+        if (compiled_ != nullptr && !row_by_row_) [[likely]]
             compiled_(a, b, c);
+        else if (row_by_row_)
+            run_row_by_row(a, b, c);
         else
             run_plain_loop(a, b, c);
     }
 
     const GemmShape& shape() const { return shape_; }
     bool is_compiled() const { return compiled_ != nullptr; }
-    /// Every output element is one chain of fused multiply-adds in order of k, as in the compiled f32 kernels.
+    bool is_row_by_row() const { return row_by_row_; }
+    /// Every output element is one chain of fused multiply-adds in order of k, as in the compiled f32 kernels that do not go
+    /// row by row.
     void run_plain_loop(const void* a, const void* b, float* c) const;
 
   private:
+    void run_row_by_row(const void* a, const void* b, float* c) const;
+
     Compiled compiled_ = nullptr;
     GemmShape shape_;
+    bool row_by_row_ = false;
 };
 
 /// Finds or compiles kernels; a lookup takes some ten nanoseconds.

@@ -85,7 +85,7 @@ void XsmmEngine::multiply_head_tile(const Tensor& h_RH, const PackedWeight& head
               .rows = rows,
               .inputs = head.inputs,
               .outputs = columns,
-              .panels = forward_panels(head).from(column * head.inputs),
+              .panels = forward_panels(head).from(column / kernels_.panel_width() * panel_numbers(head.inputs)),
               .y = tile,
               .y_stride = columns_per_tile,
               .bias = nullptr,
@@ -132,7 +132,6 @@ void XsmmEngine::head_log_probs_backward(const Tensor& h_RH, const PackedWeight&
 {
     const std::int64_t rows = h_RH.rows, vocabulary = head.outputs, inputs = head.inputs,
                        width = kernels_.panel_width();
-    SELM_EXPECT(!head.backward.empty()); // packed without backward
     SELM_EXPECT(h_RH.columns == inputs && dh_RH.rows == rows && dh_RH.columns == inputs);
     const bool wants_weight_gradient = !dw_VH.empty();
     SELM_EXPECT(!wants_weight_gradient || (dw_VH.rows == vocabulary && dw_VH.columns == inputs));
@@ -147,9 +146,10 @@ void XsmmEngine::head_log_probs_backward(const Tensor& h_RH, const PackedWeight&
         const auto row_span = [&](auto values) {
             return values.subspan(static_cast<std::size_t>(sweep), static_cast<std::size_t>(count));
         };
-        float* const h_panels = x_panels_.get((inputs + width - 1) / width * width * count);
+        const std::int64_t gradient_rows = this->gradient_rows(count);
+        float* const h_panels = x_panels_.get((inputs + width - 1) / width * width * gradient_rows);
         if (wants_weight_gradient)
-            copy_to_column_panels(h_RH.row_f32(sweep), h_RH.stride, count, inputs, width, h_panels);
+            make_column_panels(h_RH.row_f32(sweep), h_RH.stride, count, inputs, h_panels);
         for (std::int64_t column = 0; column < vocabulary; column += columns_per_tile) {
             const std::int64_t columns = std::min(columns_per_tile, vocabulary - column);
             multiply_head_tile(h_RH, head, sweep, count, column, columns, tile);
@@ -159,17 +159,17 @@ void XsmmEngine::head_log_probs_backward(const Tensor& h_RH, const PackedWeight&
                       .rows = count,
                       .inputs = columns,
                       .outputs = inputs,
-                      .panels = {.f32 = head.backward.f32() + column * width, .bf16 = nullptr},
-                      .panel_elements = vocabulary * width,
+                      .panels = backward_panels(head).from(column * width),
+                      .panel_elements = panel_numbers(vocabulary),
                       .y = dh_RH.row_f32(sweep),
                       .y_stride = dh_RH.stride,
                       .accumulate = column > 0});
             if (!wants_weight_gradient)
                 continue;
-            simd::transpose(tile, columns_per_tile, count, columns, tile_transposed, count);
+            transpose_gradient(tile, columns_per_tile, count, columns, tile_transposed);
             add_weight_gradient({.dy_transposed = tile_transposed,
-                                 .dy_stride = count,
-                                 .rows = count,
+                                 .dy_stride = gradient_rows,
+                                 .rows = gradient_rows,
                                  .outputs = columns,
                                  .inputs = inputs,
                                  .x_panels = h_panels,

@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <bit>
 
+#include "bf16_rows.hpp"
 #include "elementwise.hpp"
 #include "selm/base/error.hpp"
 #include "simd.hpp"
@@ -31,7 +32,7 @@ const float* weight_row(const Tensor& weight, std::int64_t row, float* expanded)
 
 /// In front of the forward panels, as the first of `header_elements` floats.
 constexpr std::int64_t header_elements = 16;
-enum class PanelKind : std::uint32_t { f32 = 0x5e1f0032, bf16 = 0x5e1f0016 };
+enum class PanelKind : std::uint32_t { f32 = 0x5e1f0032, bf16 = 0x5e1f0016, pairs = 0x5e1f0216 };
 
 bool is_bf16(float value)
 {
@@ -60,11 +61,16 @@ void compress(const float* from, std::int64_t count, std::uint32_t* to)
 
 } // namespace
 
+std::int64_t XsmmEngine::panel_numbers(std::int64_t depth) const
+{
+    return kernels_.panel_width() * (uses_bf16_ ? 2 * pairs_of(depth) : depth);
+}
+
 std::int64_t XsmmEngine::packed_elements(std::int64_t outputs, std::int64_t inputs, bool with_backward) const
 {
-    const std::int64_t width = kernels_.panel_width();
-    const std::int64_t forward = header_elements + panels_of(outputs, width) * inputs * width;
-    return forward + (with_backward ? panels_of(inputs, width) * outputs * width : 0);
+    const std::int64_t width = kernels_.panel_width(), numbers_per_element = uses_bf16_ ? 2 : 1;
+    const std::int64_t forward = header_elements + panels_of(outputs, width) * panel_numbers(inputs) / numbers_per_element;
+    return forward + (with_backward ? panels_of(inputs, width) * panel_numbers(outputs) / numbers_per_element : 0);
 }
 
 PackedWeight XsmmEngine::pack(const Tensor& weight, bool with_backward, const Tensor& storage, bool already_packed)
@@ -80,9 +86,42 @@ PackedWeight XsmmEngine::pack(const Tensor& weight, bool with_backward, const Te
     out.forward = all.slice_columns(0, forward_elements);
     if (with_backward)
         out.backward = all.slice_columns(forward_elements, elements - forward_elements);
-    if (!already_packed)
+    if (already_packed)
+        return out;
+    if (uses_bf16_)
+        pack_pairs(weight, out);
+    else
         pack_panels(weight, !with_backward && all_are_bf16(weight), out);
     return out;
+}
+
+void XsmmEngine::pack_pairs(const Tensor& weight, const PackedWeight& out)
+{
+    const std::int64_t width = kernels_.panel_width(), outputs = out.outputs, inputs = out.inputs, pairs = pairs_of(inputs);
+    std::fill_n(out.forward.f32(), header_elements, 0.0f);
+    out.forward.f32()[0] = std::bit_cast<float>(PanelKind::pairs);
+    float* const rows = x_panels_.get(width * inputs);
+    float* const rounded = rounded_rows_.get(width * pairs);
+    for (std::int64_t begin = 0; begin < outputs; begin += width) {
+        const std::int64_t count = std::min(width, outputs - begin);
+        for (std::int64_t row = 0; row < count; ++row) {
+            const float* from = weight_row(weight, begin + row, rows + row * inputs);
+            if (from != rows + row * inputs)
+                std::copy(from, from + inputs, rows + row * inputs);
+        }
+        float* const panel = out.forward.f32() + header_elements + begin * pairs;
+        if (count < width)
+            std::fill(panel, panel + pairs * width, 0.0f);
+        pair_columns(rows, inputs, count, inputs, rounded, pairs);
+        simd::transpose(rounded, pairs, count, pairs, panel, width);
+        for (std::int64_t column = 0; !out.backward.empty() && column < inputs; column += width) {
+            const std::int64_t columns = std::min(width, inputs - column);
+            float* const to = out.backward.f32() + (column / width * pairs_of(outputs) + begin / 2) * width;
+            if (columns < width)
+                std::fill(to, to + pairs_of(count) * width, 0.0f);
+            pair_rows(rows + column, inputs, count, columns, to, width);
+        }
+    }
 }
 
 void XsmmEngine::pack_panels(const Tensor& weight, bool is_bf16, const PackedWeight& out)
@@ -119,12 +158,20 @@ void XsmmEngine::pack_panels(const Tensor& weight, bool is_bf16, const PackedWei
 
 XsmmEngine::Panels XsmmEngine::forward_panels(const PackedWeight& w)
 {
-    const auto kind = std::bit_cast<PanelKind>(w.forward.f32()[0]);
-    SELM_EXPECT(kind == PanelKind::f32 || kind == PanelKind::bf16); // else the rank that packs them has not done so
     const float* const panels = w.forward.f32() + header_elements;
-    if (kind == PanelKind::f32)
-        return {.f32 = panels, .bf16 = nullptr};
-    return {.f32 = nullptr, .bf16 = reinterpret_cast<const std::uint32_t*>(panels)};
+    switch (std::bit_cast<PanelKind>(w.forward.f32()[0])) {
+    case PanelKind::f32: return {.f32 = panels};
+    case PanelKind::bf16: return {.bf16 = reinterpret_cast<const std::uint32_t*>(panels)};
+    case PanelKind::pairs: return {.pairs = panels};
+    }
+    SELM_EXPECT(false); // the rank that packs them has not done so
+    return {};
+}
+
+XsmmEngine::Panels XsmmEngine::backward_panels(const PackedWeight& w) const
+{
+    SELM_EXPECT(!w.backward.empty()); // packed without backward
+    return uses_bf16_ ? Panels{.pairs = w.backward.f32()} : Panels{.f32 = w.backward.f32()};
 }
 
 void XsmmEngine::multiply_linear(const Tensor& x_TK, const PackedWeight& w, const Tensor& y_TN, const float* bias,
@@ -162,32 +209,52 @@ void XsmmEngine::linear_bias(const Tensor& x_TK, const PackedWeight& w, const Te
 
 void XsmmEngine::linear_backward_input(const Tensor& dy_TN, const PackedWeight& w, const Tensor& dx_TK)
 {
-    SELM_EXPECT(!w.backward.empty()); // packed without backward
     SELM_EXPECT(dy_TN.rows == dx_TK.rows && dy_TN.columns == w.outputs && dx_TK.columns == w.inputs);
     multiply({.x = dy_TN.f32(),
               .x_stride = dy_TN.stride,
               .rows = dy_TN.rows,
               .inputs = w.outputs,
               .outputs = w.inputs,
-              .panels = {.f32 = w.backward.f32(), .bf16 = nullptr},
+              .panels = backward_panels(w),
               .y = dx_TK.f32(),
               .y_stride = dx_TK.stride,
               .bias = nullptr,
               .accumulate = false});
 }
 
-void XsmmEngine::copy_to_column_panels(const float* from, std::int64_t from_stride, std::int64_t rows,
-                                       std::int64_t columns, std::int64_t width, float* panels)
+std::int64_t XsmmEngine::gradient_rows(std::int64_t rows) const
 {
+    return uses_bf16_ ? pairs_of(rows) : rows;
+}
+
+void XsmmEngine::make_column_panels(const float* from, std::int64_t from_stride, std::int64_t rows, std::int64_t columns,
+                                    float* panels) const
+{
+    const std::int64_t width = kernels_.panel_width(), panel_rows = gradient_rows(rows);
     for (std::int64_t begin = 0; begin < columns; begin += width) {
         const std::int64_t count = std::min(width, columns - begin);
-        for (std::int64_t row = 0; row < rows; ++row) {
-            const float* source = from + row * from_stride + begin;
-            float* to = panels + (begin / width * rows + row) * width;
-            std::copy(source, source + count, to);
+        float* const panel = panels + begin * panel_rows;
+        if (uses_bf16_)
+            pair_rows(from + begin, from_stride, rows, count, panel, width);
+        for (std::int64_t row = 0; row < panel_rows; ++row) {
+            float* const to = panel + row * width;
+            if (!uses_bf16_)
+                std::copy_n(from + row * from_stride + begin, count, to);
             std::fill(to + count, to + width, 0.0f);
         }
     }
+}
+
+void XsmmEngine::transpose_gradient(const float* from, std::int64_t from_stride, std::int64_t rows, std::int64_t columns,
+                                    float* to)
+{
+    if (!uses_bf16_) {
+        simd::transpose(from, from_stride, rows, columns, to, rows);
+        return;
+    }
+    float* const pairs = gradient_pairs_.get(pairs_of(rows) * columns);
+    pair_rows(from, from_stride, rows, columns, pairs, columns);
+    simd::transpose(pairs, columns, pairs_of(rows), columns, to, pairs_of(rows));
 }
 
 void XsmmEngine::linear_backward_weight(const Tensor& dy_TN, const Tensor& x_TK, const Tensor& dw_NK)
@@ -196,14 +263,14 @@ void XsmmEngine::linear_backward_weight(const Tensor& dy_TN, const Tensor& x_TK,
     SELM_EXPECT(dy_TN.rows == x_TK.rows && dy_TN.columns == outputs && x_TK.columns == inputs);
     const std::int64_t block_tokens = even_block(x_TK.rows, tokens_per_block, 16);
     for (std::int64_t token = 0; token < x_TK.rows; token += block_tokens) {
-        const std::int64_t tokens = std::min(block_tokens, x_TK.rows - token);
-        float* const x_panels = x_panels_.get(panels_of(inputs, width) * width * tokens);
-        float* const dy_transposed = dy_transposed_.get(outputs * tokens);
-        copy_to_column_panels(x_TK.row_f32(token), x_TK.stride, tokens, inputs, width, x_panels);
-        simd::transpose(dy_TN.row_f32(token), dy_TN.stride, tokens, outputs, dy_transposed, tokens);
+        const std::int64_t tokens = std::min(block_tokens, x_TK.rows - token), rows = gradient_rows(tokens);
+        float* const x_panels = x_panels_.get(panels_of(inputs, width) * width * rows);
+        float* const dy_transposed = dy_transposed_.get(outputs * rows);
+        make_column_panels(x_TK.row_f32(token), x_TK.stride, tokens, inputs, x_panels);
+        transpose_gradient(dy_TN.row_f32(token), dy_TN.stride, tokens, outputs, dy_transposed);
         add_weight_gradient({.dy_transposed = dy_transposed,
-                             .dy_stride = tokens,
-                             .rows = tokens,
+                             .dy_stride = rows,
+                             .rows = rows,
                              .outputs = outputs,
                              .inputs = inputs,
                              .x_panels = x_panels,

@@ -2,13 +2,14 @@
 #include <cstring>
 
 #include "avx2_gemm.hpp"
+#include "bf16_rows.hpp"
 #include "selm/base/error.hpp"
 #include "simd.hpp"
 #include "xsmm_blocks.hpp"
 #include "xsmm_engine.hpp"
 
-// Products of rows with panels: by the kernels of avx2_gemm.hpp, or by LIBXSMM's. Both take the same sums in the same order,
-// so that their results have the same bits. Weight gradients need no sums apart and few panels: LIBXSMM's kernels, which are
+// Products of rows with panels: by the kernels of avx2_gemm.hpp, or by LIBXSMM's. In f32 both take the same sums in the same
+// order, so that their results have the same bits. Weight gradients need no sums apart and few panels: LIBXSMM's kernels, which are
 // near the peak there, compute them on every CPU.
 namespace selm::xsmm {
 namespace {
@@ -39,6 +40,10 @@ void expand(const std::uint32_t* from, std::int64_t count, float* to)
 
 void XsmmEngine::multiply(const PanelProduct& p)
 {
+    if (p.panels.pairs != nullptr) {
+        multiply_bf16(p);
+        return;
+    }
     if (!uses_avx2_) {
         multiply_libxsmm(p);
         return;
@@ -143,20 +148,53 @@ void XsmmEngine::multiply_libxsmm(const PanelProduct& p)
     }
 }
 
+void XsmmEngine::multiply_bf16(const PanelProduct& p)
+{
+    const std::int64_t width = kernels_.panel_width(), pairs = pairs_of(p.inputs);
+    const std::int64_t panel_numbers = p.panel_elements == 0 ? this->panel_numbers(p.inputs) : p.panel_elements;
+    const std::int64_t sweep_rows = even_block(p.rows, rows_per_sweep, rows_per_call);
+    float* const rounded = rounded_rows_.get(std::min(sweep_rows, p.rows) * pairs);
+    GemmShape shape{.lda = narrow(width), .ldb = narrow(2 * pairs), .ldc = narrow(p.y_stride), .bf16 = true};
+    shape.k = shape.ldb;
+    shape.accumulate = p.accumulate || p.bias != nullptr;
+    GemmKernel kernel;
+    for (std::int64_t sweep = 0; sweep < p.rows; sweep += sweep_rows) {
+        const std::int64_t count = std::min(sweep_rows, p.rows - sweep);
+        pair_columns(p.x + sweep * p.x_stride, p.x_stride, count, p.inputs, rounded, pairs);
+        for (std::int64_t output = 0; output < p.outputs; output += width) {
+            const float* const panel = p.panels.from(output / width * panel_numbers).pairs;
+            for (std::int64_t row = 0; row < count; row += rows_per_call) {
+                const std::int32_t rows = narrow(std::min(rows_per_call, count - row));
+                const std::int32_t outputs = narrow(std::min(width, p.outputs - output));
+                if (rows != shape.n || outputs != shape.m) {
+                    shape.n = rows;
+                    shape.m = outputs;
+                    kernel = kernels_.find(shape);
+                }
+                float* const y = p.y + (sweep + row) * p.y_stride + output;
+                for (std::int64_t r = 0; p.bias != nullptr && r < rows; ++r)
+                    std::copy_n(p.bias + output, outputs, y + r * p.y_stride);
+                kernel(panel, rounded + row * pairs, y);
+            }
+        }
+    }
+}
+
 void XsmmEngine::add_weight_gradient(const WeightGradient& g)
 {
-    const std::int64_t width = kernels_.panel_width();
+    const std::int64_t width = kernels_.panel_width(), numbers = uses_bf16_ ? 2 : 1; // per row of the operands
     for (std::int64_t block = 0; block < g.outputs; block += outputs_per_block) {
         const std::int64_t block_end = std::min(g.outputs, block + outputs_per_block);
         for (std::int64_t input = 0; input < g.inputs; input += width) {
             for (std::int64_t output = block; output < block_end; output += rows_per_call) {
                 const GemmKernel kernel = kernels_.find({.m = narrow(std::min(width, g.inputs - input)),
                                                          .n = narrow(std::min(rows_per_call, block_end - output)),
-                                                         .k = narrow(g.rows),
+                                                         .k = narrow(numbers * g.rows),
                                                          .lda = narrow(width),
-                                                         .ldb = narrow(g.dy_stride),
+                                                         .ldb = narrow(numbers * g.dy_stride),
                                                          .ldc = narrow(g.dw_stride),
-                                                         .accumulate = true});
+                                                         .accumulate = true,
+                                                         .bf16 = uses_bf16_});
                 kernel(g.x_panels + input * g.rows, g.dy_transposed + output * g.dy_stride,
                        g.dw + output * g.dw_stride + input);
             }

@@ -32,7 +32,8 @@ std::vector<GemmShape> shapes_to_test()
     return out;
 }
 
-// The fallback and the compiled code are interchangeable: the same chain of fused multiply-adds, bit for bit.
+// The fallback and the compiled code are interchangeable: the same chain of fused multiply-adds, bit for bit, unless LIBXSMM
+// splits the sums of narrow shapes.
 TEST(XsmmGemmTest, compiled_kernels_have_the_bits_of_the_plain_loop)
 {
 #if defined(__x86_64__)
@@ -48,6 +49,11 @@ TEST(XsmmGemmTest, compiled_kernels_have_the_bits_of_the_plain_loop)
         const GemmKernel kernel = kernels.find(s);
         kernel(a.data(), b.data(), compiled.data());
         kernel.run_plain_loop(a.data(), b.data(), plain.data());
+        if (kernel.is_row_by_row()) {
+            for (std::size_t i = 0; i < plain.size(); ++i)
+                ASSERT_NEAR(compiled[i], plain[i], 1e-4) << "m " << s.m << " n " << s.n << " k " << s.k; // f32, sums of tens
+            continue;
+        }
         ASSERT_EQ(std::memcmp(compiled.data(), plain.data(), plain.size() * sizeof(float)), 0)
             << "m " << s.m << " n " << s.n << " k " << s.k << " accumulate " << s.accumulate << " on "
             << kernels.target();
