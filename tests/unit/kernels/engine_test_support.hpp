@@ -129,6 +129,8 @@ class EngineTest : public ::testing::TestWithParam<std::string> {
             GTEST_SKIP() << error.what(); // xsmm needs a CPU with AVX2 and FMA, aten_cuda a GPU
         }
         ASSERT_EQ(engine_->name(), options().engine);
+        if (has_bf16_operands() && engine_->description().find("bf16 products") == std::string::npos)
+            GTEST_SKIP() << "this CPU does not multiply bf16: " << engine_->description();
     }
 
     void TearDown() override
@@ -147,7 +149,22 @@ class EngineTest : public ::testing::TestWithParam<std::string> {
     {
         if (GetParam() == "aten_cuda") // f32: the tolerances are those of f32
             return {.engine = "aten", .device = Device::cuda, .activation = DType::f32};
+        if (has_bf16_operands())
+            return {.engine = "xsmm", .products = DType::bf16};
         return {.engine = GetParam()};
+    }
+
+    static bool has_bf16_operands() { return GetParam() == "xsmm_bf16"; }
+    /// What rounding an operand of a product to the engine's operands changes it by, relatively.
+    static double operand_error() { return has_bf16_operands() ? 1.0 / 512 : 0; }
+
+    /// Numbers that the engine multiplies as they are: with bf16 operands they are bf16 numbers.
+    static Matrix operand(Matrix x)
+    {
+        for (double& value : x.values)
+            if (has_bf16_operands())
+                value = static_cast<double>(bf16_to_float(float_to_bf16(static_cast<float>(value))));
+        return x;
     }
 
     Engine& engine() { return *engine_; }
@@ -221,5 +238,8 @@ inline std::string engine_name(const ::testing::TestParamInfo<std::string>& info
 #else
 #define SELM_TEST_ENGINES "aten", "xsmm"
 #endif
+/// Suites that bf16 operands take part in besides.
+#define SELM_INSTANTIATE_ENGINES_AND_BF16(suite)                                                                       \
+    INSTANTIATE_TEST_SUITE_P(Engines, suite, ::testing::Values(SELM_TEST_ENGINES, "xsmm_bf16"), ::selm::engine_name)
 #define SELM_INSTANTIATE_ENGINES(suite)                                                                                \
     INSTANTIATE_TEST_SUITE_P(Engines, suite, ::testing::Values(SELM_TEST_ENGINES), ::selm::engine_name)

@@ -16,9 +16,9 @@ struct Problem {
     std::vector<float> g;
     std::vector<double> g_double;
 
-    explicit Problem(const Shape& s, double logit_size = 2)
-        : h(random_matrix(s.rows, s.hidden, 1)),
-          w(random_matrix(s.vocabulary, s.hidden, 2, logit_size / std::sqrt(static_cast<double>(s.hidden)))),
+    Problem(const Shape& s, const std::function<Matrix(Matrix)>& operand, double logit_size = 2)
+        : h(operand(random_matrix(s.rows, s.hidden, 1))),
+          w(operand(random_matrix(s.vocabulary, s.hidden, 2, logit_size / std::sqrt(static_cast<double>(s.hidden))))),
           targets(random_tokens(static_cast<std::size_t>(s.rows), static_cast<std::int32_t>(s.vocabulary), 3))
     {
         for (const double value : random_matrix(1, s.rows, 4).values) {
@@ -54,7 +54,7 @@ std::string text(const Shape& s) { return cat("rows ", s.rows, " vocabulary ", s
 TEST_P(HeadTest, logits_are_products)
 {
     for (const Shape& s : shapes) {
-        const Problem p(s);
+        const Problem p(s, operand);
         const Tensor logits = output(s.rows, s.vocabulary, 2);
         engine().logits(tensor(p.h, 1), packed(p.w), logits);
         expect_product(values(logits), p.h, reference::transposed(p.w), nullptr, text(s));
@@ -64,7 +64,7 @@ TEST_P(HeadTest, logits_are_products)
 TEST_P(HeadTest, log_probs_as_defined)
 {
     for (const Shape& s : shapes) {
-        const Problem p(s);
+        const Problem p(s, operand);
         const reference::HeadScores expected = reference::head_log_probs(p.h, p.w, p.targets);
         const Result result = log_probs(p, 3);
         // A log-prob is a difference of logits (the log-sum-exp is a mean of them, with a log good to a few u).
@@ -82,7 +82,7 @@ TEST_P(HeadTest, log_probs_as_defined)
 // digits.
 TEST_P(HeadTest, extreme_logits_are_finite)
 {
-    Problem p({6, 99, 33}, 200);
+    Problem p({6, 99, 33}, operand, 200);
     const Matrix logits = reference::product(p.h, reference::transposed(p.w));
     for (std::int64_t r = 0; r < 6; r += 2) {
         std::int32_t best = 0;
@@ -103,7 +103,7 @@ TEST_P(HeadTest, extreme_logits_are_finite)
 TEST_P(HeadTest, backward_as_defined)
 {
     for (const Shape& s : shapes) {
-        const Problem p(s);
+        const Problem p(s, operand);
         const reference::HeadGradient expected = reference::head_log_probs_backward(p.h, p.w, p.targets, p.g_double);
         const Result forward = log_probs(p);
         const Matrix before = random_matrix(s.vocabulary, s.hidden, 5);
@@ -113,7 +113,8 @@ TEST_P(HeadTest, backward_as_defined)
         for (std::size_t i = 0; i < before.values.size(); ++i)
             expected_dw.values[i] += before.values[i];
         // Softmax weights are off by the logits' error, relatively; dh sums them over w, dw over the rows.
-        const double relative = 2 * logit_error(p) + 2e-6;
+        // Operands of bf16 products: logit gradients are rounded, in sums the roundings partly cancel.
+        const double relative = 2 * logit_error(p) + 2e-6 + 2 * operand_error();
         expect_close(values(dh), expected.dh, relative * std::max(1.0, largest_magnitude(expected.dh)),
                      text(s) + ", dh");
         expect_close(values(dw), expected_dw, relative * std::max(1.0, largest_magnitude(expected_dw)),
@@ -141,13 +142,13 @@ TEST_P(HeadTest, gradient_of_a_likely_target)
     engine().head_log_probs_backward(tensor(h), head, target, lse, g, dh, dw);
     const Matrix result = values(dw);
     EXPECT_NEAR(result(0, 0), other, 1e-6);
-    EXPECT_NEAR(result(1, 0), -other, 1e-6 * other);
-    EXPECT_NEAR(values(dh)(0, 0), 8 * other, 1e-5);
+    EXPECT_NEAR(result(1, 0), -other, (1e-6 + operand_error()) * other);
+    EXPECT_NEAR(values(dh)(0, 0), 8 * other, 1e-5 + 8 * other * operand_error());
 }
 
 TEST_P(HeadTest, a_row_without_weight_gives_no_gradient)
 {
-    Problem p({4, 99, 33});
+    Problem p({4, 99, 33}, operand);
     std::fill(p.g.begin(), p.g.end(), 0.0f);
     const Result forward = log_probs(p);
     const Tensor dh = output(4, 33), dw = tensor(Matrix(99, 33));
@@ -167,7 +168,7 @@ TEST_P(HeadTest, no_rows_are_fine)
     EXPECT_EQ(values(dw).values, before.values);
 }
 
-SELM_INSTANTIATE_ENGINES(HeadTest);
+SELM_INSTANTIATE_ENGINES_AND_BF16(HeadTest);
 
 } // namespace
 } // namespace selm

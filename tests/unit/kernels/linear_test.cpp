@@ -12,7 +12,14 @@ const std::vector<Shape> shapes = {{1, 1, 1},     {1, 7, 5},      {3, 33, 17},  
                                    {9, 65, 63},   {63, 31, 65},   {64, 64, 64},   {65, 100, 129}, {130, 17, 257},
                                    {1, 960, 576}, {33, 576, 576}, {70, 48, 1536}, {257, 130, 40}, {2, 1, 576}};
 
-class LinearTest : public EngineTest {};
+class LinearTest : public EngineTest {
+  protected:
+    /// Exact operands: then the tolerance of f32 sums holds for bf16 products as well.
+    static Matrix random_matrix(std::int64_t rows, std::int64_t columns, unsigned seed)
+    {
+        return operand(selm::random_matrix(rows, columns, seed));
+    }
+};
 
 std::string text(const Shape& s) { return cat("rows ", s.rows, " outputs ", s.outputs, " inputs ", s.inputs); }
 
@@ -119,7 +126,21 @@ TEST_P(LinearTest, storage_packed_by_another_rank_serves)
     }
 }
 
-SELM_INSTANTIATE_ENGINES(LinearTest);
+// Operands of any size: with bf16 operands each is off by 2^-9 at most, otherwise the products are those of f32.
+TEST_P(LinearTest, operands_are_rounded_to_nearest)
+{
+    const Matrix x = selm::random_matrix(70, 129, 1), w = selm::random_matrix(33, 129, 2);
+    const Matrix dy = selm::random_matrix(70, 33, 3);
+    const Tensor y = output(70, 33), dx = output(70, 129), dw = tensor(Matrix(33, 129));
+    engine().linear(tensor(x), packed(w), y);
+    engine().linear_backward_input(tensor(dy), packed(w), dx);
+    engine().linear_backward_weight(tensor(dy), tensor(x), dw);
+    expect_product(values(y), operand(x), reference::transposed(operand(w)), nullptr, "forward");
+    expect_product(values(dx), operand(dy), operand(w), nullptr, "backward to the input");
+    expect_product(values(dw), reference::transposed(operand(dy)), operand(x), nullptr, "backward to the weight");
+}
+
+SELM_INSTANTIATE_ENGINES_AND_BF16(LinearTest);
 
 } // namespace
 } // namespace selm

@@ -191,7 +191,7 @@ TEST_P(RowInvarianceTest, rope_embed_and_gather)
     });
 }
 
-SELM_INSTANTIATE_ENGINES(RowInvarianceTest);
+SELM_INSTANTIATE_ENGINES_AND_BF16(RowInvarianceTest);
 
 } // namespace
 } // namespace selm
