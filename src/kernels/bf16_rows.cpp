@@ -6,7 +6,12 @@
 
 #include <algorithm>
 
+// g++ 12 takes the undefined vector inside some intrinsics, of which every lane is replaced, for a mistake.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 
 // Compiled for AVX-512 whatever the build's target is: every function says so, and is called after cpu_has_bf16().
 #define SELM_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
