@@ -45,6 +45,7 @@ nodes=$1
 shift
 export SELM_CLUSTER=/run/selm
 mount -t tmpfs tmpfs /run
+mount -t tmpfs tmpfs /dev/shm # Open MPI names its segments by host name and process id, too
 hostname control
 mkdir -p $SELM_CLUSTER/state $SELM_CLUSTER/log
 chmod 755 $SELM_CLUSTER
