@@ -20,12 +20,15 @@ namespace {
 
 using namespace selm;
 
-std::unique_ptr<Engine>& engine(bool is_xsmm)
+enum class Tested { aten, xsmm, xsmm_bf16 };
+
+std::unique_ptr<Engine>& engine(Tested tested)
 {
-    static std::unique_ptr<Engine> engines[2];
-    std::unique_ptr<Engine>& wanted = engines[is_xsmm ? 1 : 0];
+    static std::unique_ptr<Engine> engines[3];
+    std::unique_ptr<Engine>& wanted = engines[static_cast<int>(tested)];
     if (wanted == nullptr)
-        wanted = make_engine({.engine = is_xsmm ? "xsmm" : "aten"});
+        wanted = make_engine({.engine = tested == Tested::aten ? "aten" : "xsmm",
+                              .products = tested == Tested::xsmm_bf16 ? DType::bf16 : DType::f32});
     return wanted;
 }
 
@@ -67,9 +70,9 @@ std::vector<PackedWeight> cold_weights(Engine& e, std::int64_t outputs, std::int
 }
 
 /// flops, and bytes of weights (or of their gradient, read and written) per second.
-void linear(benchmark::State& state, bool is_xsmm, Pass pass, bool is_bf16 = false)
+void linear(benchmark::State& state, Tested tested, Pass pass, bool is_bf16 = false)
 {
-    Engine& e = *engine(is_xsmm);
+    Engine& e = *engine(tested);
     const std::int64_t outputs = state.range(0), inputs = state.range(1), tokens = state.range(2);
     const bool is_dw = pass == Pass::backward_weight;
     const std::vector<PackedWeight> weights =
@@ -92,9 +95,9 @@ void linear(benchmark::State& state, bool is_xsmm, Pass pass, bool is_bf16 = fal
     report_bytes(state, bytes);
 }
 
-void attention(benchmark::State& state, bool is_xsmm, bool is_backward)
+void attention(benchmark::State& state, Tested tested, bool is_backward)
 {
-    Engine& e = *engine(is_xsmm);
+    Engine& e = *engine(tested);
     const AttentionShape shape{.heads = 9, .kv_heads = 3, .head_dim = 64, .scale = 0.125f};
     const std::int64_t trunk = state.range(0), first = state.range(1), second = state.range(2);
     const std::vector<Segment> segments = {{0, trunk, -1}, {trunk, first, 0}, {trunk + first, second, 0}};
@@ -117,9 +120,9 @@ void attention(benchmark::State& state, bool is_xsmm, bool is_backward)
 }
 
 /// One decoding step of `slots` sequences, `context` tokens each.
-void decode_attention(benchmark::State& state, bool is_xsmm)
+void decode_attention(benchmark::State& state, Tested tested)
 {
-    Engine& e = *engine(is_xsmm);
+    Engine& e = *engine(tested);
     const AttentionShape shape{.heads = 9, .kv_heads = 3, .head_dim = 64, .scale = 0.125f};
     const std::int64_t slots = state.range(0), context = state.range(1);
     const auto cache = e.make_cache(1, slots, context + 64, shape);
@@ -135,9 +138,22 @@ void decode_attention(benchmark::State& state, bool is_xsmm)
     report(state, static_cast<double>(slots * (context + 1)) * 9 * 64 * 4);
 }
 
-void head(benchmark::State& state, bool is_xsmm, bool is_backward)
+/// One prompt at once.
+void prefill_attention(benchmark::State& state, Tested tested)
 {
-    Engine& e = *engine(is_xsmm);
+    Engine& e = *engine(tested);
+    const AttentionShape shape{.heads = 9, .kv_heads = 3, .head_dim = 64, .scale = 0.125f};
+    const std::int64_t tokens = state.range(0);
+    const auto cache = e.make_cache(1, 1, tokens, shape);
+    const Tensor qkv = random_tensor(e, tokens, 15 * 64), out = e.allocate(tokens, 9 * 64, DType::f32);
+    for (auto _ : state)
+        e.attention_cached(qkv, shape, *cache, 0, std::vector<CachedSpan>{{0, 0, tokens, 0, true}}, out);
+    report(state, 0.5 * static_cast<double>(tokens * (tokens + 1)) * 9 * 64 * 4);
+}
+
+void head(benchmark::State& state, Tested tested, bool is_backward)
+{
+    Engine& e = *engine(tested);
     const std::int64_t rows = state.range(0), vocabulary = 49152, hidden = 576;
     const PackedWeight w = e.pack(random_tensor(e, vocabulary, hidden, 0.1f), is_backward, {}, false);
     const Tensor h = random_tensor(e, rows, hidden), dh = e.allocate(rows, hidden, DType::f32);
@@ -213,9 +229,9 @@ RowWork row_work(Engine& e, const std::string& operation, std::int64_t tokens, s
 }
 
 /// Bytes per second, to be held against a copy that reads and writes as many: see `copy`.
-void row_operation(benchmark::State& state, bool is_xsmm, const std::string& operation)
+void row_operation(benchmark::State& state, Tested tested, const std::string& operation)
 {
-    const RowWork work = row_work(*engine(is_xsmm), operation, state.range(0), state.range(1), state.range(2));
+    const RowWork work = row_work(*engine(tested), operation, state.range(0), state.range(1), state.range(2));
     for (auto _ : state) {
         if (work.restore) {
             state.PauseTiming();
@@ -270,31 +286,33 @@ void training_shapes(benchmark::internal::Benchmark* b)
         b->Args({outputs, inputs, 900});
 }
 
-void register_engine(const char* name, bool is_xsmm)
+void register_engine(const char* name, Tested tested)
 {
     const auto add = [name](const char* operation, auto&& body) {
         return benchmark::RegisterBenchmark((std::string(name) + "/" + operation).c_str(), body)
             ->Unit(benchmark::kMillisecond);
     };
-    add("linear", [=](benchmark::State& s) { linear(s, is_xsmm, Pass::forward); })->Apply(layer_shapes);
-    add("linear_bf16", [=](benchmark::State& s) { linear(s, is_xsmm, Pass::forward, true); })->Apply(layer_shapes);
-    add("linear_training", [=](benchmark::State& s) { linear(s, is_xsmm, Pass::forward); })->Apply(training_shapes);
-    add("linear_dx", [=](benchmark::State& s) { linear(s, is_xsmm, Pass::backward_input); })->Apply(training_shapes);
-    add("linear_dw", [=](benchmark::State& s) { linear(s, is_xsmm, Pass::backward_weight); })->Apply(training_shapes);
+    add("linear", [=](benchmark::State& s) { linear(s, tested, Pass::forward); })->Apply(layer_shapes);
+    add("linear_bf16", [=](benchmark::State& s) { linear(s, tested, Pass::forward, true); })->Apply(layer_shapes);
+    add("linear_training", [=](benchmark::State& s) { linear(s, tested, Pass::forward); })->Apply(training_shapes);
+    add("linear_dx", [=](benchmark::State& s) { linear(s, tested, Pass::backward_input); })->Apply(training_shapes);
+    add("linear_dw", [=](benchmark::State& s) { linear(s, tested, Pass::backward_weight); })->Apply(training_shapes);
     for (const bool is_backward : {false, true})
         add(is_backward ? "attention_backward" : "attention",
-            [=](benchmark::State& s) { attention(s, is_xsmm, is_backward); })
+            [=](benchmark::State& s) { attention(s, tested, is_backward); })
             ->Args({177, 280, 250})
             ->Args({500, 500, 500});
-    add("decode_attention", [=](benchmark::State& s) { decode_attention(s, is_xsmm); })
+    add("decode_attention", [=](benchmark::State& s) { decode_attention(s, tested); })
         ->Args({1, 256})
+        ->Args({8, 256})
         ->Args({16, 256});
-    add("head", [=](benchmark::State& s) { head(s, is_xsmm, false); })->Arg(512);
-    add("head_backward", [=](benchmark::State& s) { head(s, is_xsmm, true); })->Arg(512);
+    add("prefill_attention", [=](benchmark::State& s) { prefill_attention(s, tested); })->Arg(177)->Arg(500);
+    add("head", [=](benchmark::State& s) { head(s, tested, false); })->Arg(512);
+    add("head_backward", [=](benchmark::State& s) { head(s, tested, true); })->Arg(512);
     for (const char* operation : {"embed", "rms_norm", "rms_norm_backward", "rope", "swiglu", "swiglu_backward"})
-        add(operation, [=](benchmark::State& s) { row_operation(s, is_xsmm, operation); })->Args({1536, 576, 1536});
+        add(operation, [=](benchmark::State& s) { row_operation(s, tested, operation); })->Args({1536, 576, 1536});
     for (const char* operation : {"layer_norm", "layer_norm_backward", "gelu", "gelu_backward"})
-        add(operation, [=](benchmark::State& s) { row_operation(s, is_xsmm, operation); })->Args({1536, 1024, 4096});
+        add(operation, [=](benchmark::State& s) { row_operation(s, tested, operation); })->Args({1536, 1024, 4096});
 }
 
 } // namespace
@@ -302,8 +320,9 @@ void register_engine(const char* name, bool is_xsmm)
 int main(int argc, char** argv)
 {
     const selm::KernelRuntime runtime(1);
-    register_engine("xsmm", true);
-    register_engine("aten", false);
+    register_engine("xsmm", Tested::xsmm);
+    register_engine("xsmm_bf16", Tested::xsmm_bf16);
+    register_engine("aten", Tested::aten);
     // as many megabytes as the row operations read and write
     for (const int megabytes : {7, 10, 14, 19, 25, 28, 50, 57, 100})
         benchmark::RegisterBenchmark("copy", copy)->Arg(megabytes)->Unit(benchmark::kMillisecond);
@@ -311,7 +330,8 @@ int main(int argc, char** argv)
     benchmark::Initialize(&argc, argv);
     if (benchmark::ReportUnrecognizedArguments(argc, argv))
         return 64;
-    std::printf("%s\n", engine(true)->description().c_str());
+    std::printf("%s\n%s\n", engine(Tested::xsmm)->description().c_str(),
+                engine(Tested::xsmm_bf16)->description().c_str());
     benchmark::RunSpecifiedBenchmarks();
     return 0;
 }

@@ -1,38 +1,11 @@
 #include "bf16_rows.hpp"
 
+#include "bf16_simd.hpp"
 #include "selm/base/error.hpp"
 
 #if defined(__x86_64__)
 
-#include <algorithm>
-
-// g++ 12 takes the undefined vector inside some intrinsics, of which every lane is replaced, for a mistake.
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-
-// Compiled for AVX-512 whatever the build's target is: every function says so, and is called after cpu_has_bf16().
-#define SELM_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
-#define SELM_BF16_INLINE __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16"), always_inline)) inline
-
 namespace selm::xsmm {
-namespace {
-
-/// The first `count` lanes.
-SELM_BF16_INLINE __mmask16 first_lanes(std::int64_t count)
-{
-    return static_cast<__mmask16>(count >= 16 ? 0xffffu : (1u << count) - 1u);
-}
-
-/// 16 floats rounded to bf16, each in the low half of its lane.
-SELM_BF16_INLINE __m512i rounded(__m512 values)
-{
-    return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(values));
-}
-
-} // namespace
 
 bool cpu_has_bf16()
 {

@@ -107,6 +107,8 @@ void XsmmEngine::attention(const Tensor& qkv, const AttentionShape& shape, std::
     SELM_EXPECT(out.rows == qkv.rows && out.columns == shape.heads * dim);
     SELM_EXPECT(lse.rows == shape.heads && lse.columns == qkv.rows);
     check_segments(segments, qkv.rows);
+    if (uses_bf16_)
+        return attention_bf16(qkv, shape, segments, out, lse);
     std::vector<std::int64_t> first_block(segments.size() + 1);
     for (std::size_t i = 0; i < segments.size(); ++i)
         first_block[i + 1] = first_block[i] + blocks_of(segments[i].length);
@@ -215,6 +217,8 @@ void XsmmEngine::attention_backward(const Tensor& qkv, const AttentionShape& sha
     SELM_EXPECT(out.rows == qkv.rows && out.columns == shape.heads * dim);
     SELM_EXPECT(dout.rows == out.rows && dout.columns == out.columns);
     check_segments(segments, qkv.rows);
+    if (uses_bf16_)
+        return attention_backward_bf16(qkv, shape, segments, out, lse, dout, dqkv);
     fill_zero(dqkv);
     BackwardTile q;
     q.head_dim = narrow(dim);

@@ -19,6 +19,14 @@ inline std::int64_t blocks_of(std::int64_t positions)
 /// to [head_dim][64] = up to 64 rows of keys, transposed; columns of missing keys are 0.
 void transpose_key_block(const float* keys, std::int64_t stride, std::int64_t count, std::int64_t head_dim, float* to);
 
+/// to, pairs [head_dim / 2][64] = up to 64 rows of keys rounded to bf16, transposed; columns of missing keys are 0. Scratch:
+/// 32 * head_dim floats.
+void pack_key_block(const float* keys, std::int64_t stride, std::int64_t count, std::int64_t head_dim, float* scratch,
+                    float* to);
+
+/// to, pairs of keys [32][head_dim] = up to 64 rows of values rounded to bf16; those of missing keys are 0.
+void pack_value_block(const float* values, std::int64_t stride, std::int64_t count, std::int64_t head_dim, float* to);
+
 /// Contract of Segment (engine.hpp).
 void check_segments(std::span<const Segment> segments, std::int64_t tokens);
 

@@ -1,69 +1,15 @@
 #include <algorithm>
-#include <cerrno>
-#include <cstring>
 #include <limits>
-
-#include <sys/mman.h>
 
 #include "selm/base/error.hpp"
 #include "simd.hpp"
 #include "xsmm_attention.hpp"
 #include "xsmm_blocks.hpp"
+#include "xsmm_cache.hpp"
 #include "xsmm_engine.hpp"
 
 namespace selm::xsmm {
 namespace {
-
-/**
- * Per layer, slot and key/value head: keys as transposed blocks [capacity/64][D][64], then values [capacity][D].
- * The memory is address space until it is written: the kernel supplies pages one by one.
- */
-class XsmmKvCache final : public KvCache {
-  public:
-    XsmmKvCache(std::int64_t layers, std::int64_t slots, std::int64_t capacity, const AttentionShape& shape) :
-        layers_(layers), slots_(slots), capacity_(capacity), kv_heads_(shape.kv_heads), head_dim_(shape.head_dim),
-        head_elements_(2 * blocks_of(capacity) * tile * shape.head_dim)
-    {
-        SELM_EXPECT(layers >= 1 && slots >= 1 && capacity >= 1 && kv_heads_ >= 1 && head_dim_ >= 1);
-        bytes_ = static_cast<std::size_t>(layers * slots * kv_heads_ * head_elements_) * sizeof(float) + 4096;
-        void* memory =
-            mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        SELM_VALIDATE(memory != MAP_FAILED, ExitCode::io,
-                      "the address space of the key/value cache could not be reserved ("
-                          << bytes_ << " bytes for " << slots << " slots of " << capacity
-                          << " tokens: " << std::strerror(errno) << "). Use fewer slots or a shorter maximum length");
-        data_ = static_cast<float*>(memory);
-    }
-    ~XsmmKvCache() override { munmap(data_, bytes_); }
-    XsmmKvCache(const XsmmKvCache&) = delete;
-    XsmmKvCache& operator=(const XsmmKvCache&) = delete;
-
-    std::int64_t slots() const override { return slots_; }
-    std::int64_t capacity() const override { return capacity_; }
-
-    /// Blocks of 64 transposed keys of one head.
-    float* keys(std::int64_t layer, std::int64_t slot, std::int64_t kv_head) const
-    {
-        return data_ + ((layer * slots_ + slot) * kv_heads_ + kv_head) * head_elements_;
-    }
-    float* values(std::int64_t layer, std::int64_t slot, std::int64_t kv_head) const
-    {
-        return keys(layer, slot, kv_head) + head_elements_ / 2;
-    }
-
-    bool fits(const AttentionShape& shape, std::int64_t layer) const
-    {
-        return shape.kv_heads == kv_heads_ && shape.head_dim == head_dim_ && layer >= 0 && layer < layers_;
-    }
-
-  private:
-    std::int64_t layers_, slots_, capacity_, kv_heads_, head_dim_, head_elements_;
-    std::size_t bytes_ = 0;
-    float* data_ = nullptr;
-};
-
-/// Query heads that share one key/value head, at most.
-constexpr std::int64_t max_group = 64;
 
 /// Stores keys and values of the span's tokens.
 void write_span(const Tensor& qkv, const AttentionShape& shape, const XsmmKvCache& cache, std::int64_t layer,
@@ -109,7 +55,7 @@ float soften_decode_row(float* scores, std::int64_t keys, float scale)
 std::unique_ptr<KvCache> XsmmEngine::make_cache(std::int64_t layers, std::int64_t slots, std::int64_t capacity,
                                                 const AttentionShape& shape)
 {
-    return std::make_unique<XsmmKvCache>(layers, slots, capacity, shape);
+    return std::make_unique<XsmmKvCache>(layers, slots, capacity, shape, uses_bf16_);
 }
 
 void XsmmEngine::decode_row(const float* qkv_row, const AttentionShape& shape, const KvCache& any_cache,
@@ -207,6 +153,10 @@ void XsmmEngine::attention_cached(const Tensor& qkv, const AttentionShape& shape
         SELM_EXPECT(span.slot >= 0 && span.slot < cache.slots() && span.count >= 1 && span.position_begin >= 0);
         SELM_EXPECT(span.position_begin + span.count <= cache.capacity());
         SELM_EXPECT(span.row_begin >= 0 && span.row_begin + span.count <= qkv.rows);
+        if (uses_bf16_) {
+            attend_span_bf16(qkv, shape, cache, layer, span, out);
+            continue;
+        }
         write_span(qkv, shape, *own_cache, layer, span);
         if (span.prefill) {
             prefill_span(qkv, shape, cache, layer, span, out);

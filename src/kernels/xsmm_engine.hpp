@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "bf16_softmax.hpp"
 #include "selm/kernels/engine.hpp"
 #include "xsmm_gemm.hpp"
 #include "xsmm_memory.hpp"
@@ -36,6 +37,7 @@ class XsmmEngine final : public Engine {
     std::string description() const override;
     Device device() const override { return Device::cpu; }
     DType activation_dtype() const override { return DType::f32; }
+    DType cache_dtype() const override { return uses_bf16_ ? DType::bf16 : DType::f32; }
     bool row_invariant() const override { return kernels_.is_row_invariant(); }
 
     Tensor allocate(std::int64_t rows, std::int64_t columns, DType dtype) override;
@@ -180,12 +182,56 @@ class XsmmEngine final : public Engine {
     };
     /// Adds one tile's part to the gradients of its queries, keys and values.
     void attend_backward(const BackwardTile& queries, const BackwardKeys& keys);
+
+    /// With operands rounded to bf16 (pairs: bf16_rows.hpp).
+    struct Bf16KeyTile {
+        const float* keys = nullptr;   ///< pairs, blocks of [D/2][64]
+        const float* values = nullptr; ///< pairs of keys, rows of D
+        std::int32_t count = 0;        ///< valid keys, at most two blocks
+        std::int32_t first_query = 0;  ///< earlier ones see none of the keys
+        bool is_diagonal = false;      ///< query first_query + i sees keys 0..i only
+    };
+    struct Bf16QueryTile {
+        const float* from = nullptr; ///< the group's heads, side by side
+        float* out = nullptr;
+        float* lse = nullptr; ///< of the group's first head; may be null
+        std::int64_t queries = 0, group = 0, head_dim = 0, stride = 0, out_stride = 0, lse_stride = 0;
+        float scale = 0;
+    };
+    /// Appends blocks 0 .. blocks - 1 of a sequence of that many positions.
+    void append_bf16_tiles(const float* keys, const float* values, std::int64_t blocks, std::int64_t positions,
+                           std::int64_t head_dim);
+    void append_bf16_diagonal(const float* keys, const float* values, std::int64_t count, std::int64_t head_dim);
+    void attend_bf16(const Bf16QueryTile& queries, std::span<const Bf16KeyTile> tiles);
+    void attention_bf16(const Tensor& qkv, const AttentionShape& shape, std::span<const Segment> segments,
+                        const Tensor& out, const Tensor& lse);
+    struct Bf16BackwardTile;
+    struct Bf16BackwardKeys {
+        const float* key_rows = nullptr; ///< pairs [keys][D/2]
+        const float* value_rows = nullptr;
+        const float* keys_transposed = nullptr; ///< bf16 [D][64]
+        float* d_key_rows = nullptr;
+        float* d_value_rows = nullptr;
+        std::int64_t d_stride = 0;
+        std::int32_t count = 0, first_query = 0;
+        bool is_diagonal = false; ///< query first_query + i sees keys 0..i only
+    };
+    void attend_backward_bf16(const Bf16BackwardTile& queries, const Bf16BackwardKeys& keys, bool is_first);
+    void attention_backward_bf16(const Tensor& qkv, const AttentionShape& shape, std::span<const Segment> segments,
+                                 const Tensor& out, const Tensor& lse, const Tensor& dout, const Tensor& dqkv);
+
     /// One token against the cached positions up to its own.
     void decode_row(const float* qkv_row, const AttentionShape& shape, const KvCache& any_cache, std::int64_t layer,
                     std::int64_t slot, std::int64_t position, float* out_row);
     /// The span's tokens, tile by tile, against the cached positions up to their own.
     void prefill_span(const Tensor& qkv, const AttentionShape& shape, const KvCache& any_cache, std::int64_t layer,
                       const CachedSpan& span, const Tensor& out);
+
+    /// What attention_cached does with one span, in bf16.
+    void attend_span_bf16(const Tensor& qkv, const AttentionShape& shape, const KvCache& any_cache, std::int64_t layer,
+                          const CachedSpan& span, const Tensor& out);
+    void decode_row_bf16(const float* qkv_row, const AttentionShape& shape, const KvCache& any_cache, std::int64_t layer,
+                         std::int64_t slot, std::int64_t position, float* out_row);
 
     /// What the tiles of one head and segment share in disentangled attention.
     struct DisentangledHead;
@@ -216,6 +262,9 @@ class XsmmEngine final : public Engine {
         decode_scores_, logit_tile_, logit_gradient_, relative_blocks_, contents_, values_transposed_,
         content_to_position_, position_to_content_, relative_gradient_, position_gradient_;
     std::vector<KeyTile> key_tiles_;
+    Scratch query_pairs_, weight_tile_;
+    std::vector<Bf16KeyTile> bf16_key_tiles_;
+    std::vector<Bf16RowState> row_states_;
 };
 
 } // namespace selm::xsmm

@@ -66,7 +66,7 @@ PhaseMemory generate_memory(const GenerateOptions& options, const DecoderConfig&
     const std::int64_t keys_and_values = 2 * policy.layers * policy.kv_heads * policy.head_dim * round_up(sequence, prefill_tile);
     PhaseMemory memory{"generate", {}, {{"weights", shared_weights(policy, engine, options.common)}}, {}};
     memory.per_rank = {
-        {"keys and values", float_bytes * options.slots * keys_and_values},
+        {"keys and values", static_cast<std::int64_t>(size_of(engine.cache_dtype())) * options.slots * keys_and_values},
         {"activations",
          decoder_activation_bytes(policy, engine.activation_dtype(), options.slots + options.prefill_tokens, options.slots, false)},
         {"logits", float_bytes * options.slots * policy.vocabulary}};

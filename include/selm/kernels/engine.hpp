@@ -90,6 +90,7 @@ class Engine {
     virtual std::string description() const = 0; ///< name, library version, instruction set; for logs and provenance
     virtual Device device() const = 0;
     virtual DType activation_dtype() const = 0;
+    virtual DType cache_dtype() const { return activation_dtype(); } ///< of the keys and values in a KvCache
     virtual bool row_invariant() const = 0;
 
     /// Uninitialised [rows, columns] on the engine's device; counted in allocated_bytes until its last handle goes.

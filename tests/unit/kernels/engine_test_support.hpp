@@ -155,8 +155,8 @@ class EngineTest : public ::testing::TestWithParam<std::string> {
     }
 
     static bool has_bf16_operands() { return GetParam() == "xsmm_bf16"; }
-    /// What rounding an operand of a product to the engine's operands changes it by, relatively.
-    static double operand_error() { return has_bf16_operands() ? 1.0 / 512 : 0; }
+    /// What rounding an operand of a product to the engine's operands changes it by, relatively, at most.
+    static double operand_error() { return has_bf16_operands() ? 1.0 / 256 : 0; }
 
     /// Numbers that the engine multiplies as they are: with bf16 operands they are bf16 numbers.
     static Matrix operand(Matrix x)
@@ -165,6 +165,18 @@ class EngineTest : public ::testing::TestWithParam<std::string> {
             if (has_bf16_operands())
                 value = static_cast<double>(bf16_to_float(float_to_bf16(static_cast<float>(value))));
         return x;
+    }
+
+    /// What rounding the softmax weights can do to attention's output, at most; zeros when they are not rounded.
+    static Matrix rounding_of_attention(const Matrix& qkv, const AttentionShape& shape,
+                                        std::span<const Segment> segments)
+    {
+        Matrix result(qkv.rows, shape.heads * shape.head_dim);
+        if (has_bf16_operands())
+            result = reference::attention_magnitudes(qkv, shape, segments, result).out;
+        for (double& value : result.values)
+            value *= operand_error();
+        return result;
     }
 
     Engine& engine() { return *engine_; }

@@ -261,6 +261,50 @@ inline Matrix attention_backward(const Matrix& qkv, const selm::AttentionShape& 
     return dqkv;
 }
 
+/**
+ * What the rounding of softmax weights p and of d(scores) ds before they are multiplied can do to attention, as sums of
+ * magnitudes; a relative error e of each of them gives an error of up to e times these.
+ */
+struct AttentionMagnitudes {
+    Matrix out;  ///< sums of p |v|
+    Matrix dqkv; ///< sums of p |dout|; of |ds| |k| and |ds| |q|, |ds| as if dp and its mean had the same sign
+};
+
+inline AttentionMagnitudes attention_magnitudes(const Matrix& qkv, const selm::AttentionShape& shape,
+                                                std::span<const selm::Segment> segments, const Matrix& dout)
+{
+    AttentionMagnitudes result{Matrix(qkv.rows, shape.heads * shape.head_dim), Matrix(qkv.rows, qkv.columns)};
+    for (const selm::Segment& segment : segments) {
+        for (std::int64_t row = segment.begin; row < segment.begin + segment.length; ++row) {
+            const std::vector<std::int64_t> keys = visible_rows(segments, segment, row);
+            for (std::int64_t head = 0; head < shape.heads; ++head) {
+                const Columns at = columns_of(shape, head);
+                const std::vector<double> scores = scaled_scores(qkv, shape, row, at, keys);
+                const double lse = log_sum_exp(scores);
+                std::vector<double> p(keys.size()), dp(keys.size());
+                double mean_dp = 0;
+                for (std::size_t j = 0; j < keys.size(); ++j) {
+                    p[j] = std::exp(scores[j] - lse);
+                    for (std::int64_t d = 0; d < shape.head_dim; ++d) {
+                        dp[j] += dout(row, at.q + d) * qkv(keys[j], at.v + d);
+                        result.out(row, at.q + d) += p[j] * std::abs(qkv(keys[j], at.v + d));
+                        result.dqkv(keys[j], at.v + d) += p[j] * std::abs(dout(row, at.q + d));
+                    }
+                    mean_dp += p[j] * std::abs(dp[j]);
+                }
+                for (std::size_t j = 0; j < keys.size(); ++j) {
+                    const double ds = p[j] * (std::abs(dp[j]) + mean_dp) * static_cast<double>(shape.scale);
+                    for (std::int64_t d = 0; d < shape.head_dim; ++d) {
+                        result.dqkv(row, at.q + d) += ds * std::abs(qkv(keys[j], at.k + d));
+                        result.dqkv(keys[j], at.k + d) += ds * std::abs(qkv(row, at.q + d));
+                    }
+                }
+            }
+        }
+    }
+    return result;
+}
+
 // --- output head ----------------------------------------------------------------------------------------------------
 
 struct HeadScores {

@@ -15,10 +15,12 @@ namespace {
 
 class XsmmEngineTest : public ::testing::Test {
   protected:
-    void SetUp() override
+    void SetUp() override { set_up(DType::f32); }
+
+    void set_up(DType products)
     {
         try {
-            engine_ = make_engine({.engine = "xsmm"});
+            engine_ = make_engine({.engine = "xsmm", .products = products});
         } catch (const Error& error) {
             GTEST_SKIP() << error.what();
         }
@@ -86,7 +88,22 @@ TEST_F(XsmmEngineTest, linear_rows_do_not_depend_on_the_other_rows)
 const AttentionShape shape{.heads = 4, .kv_heads = 2, .head_dim = 16, .scale = 0.25f};
 constexpr std::int64_t qkv_columns = (4 + 2 * 2) * 16, out_columns = 4 * 16;
 
-TEST_F(XsmmEngineTest, attention_of_a_segment_does_not_depend_on_the_other_segments)
+/// What holds whatever the operands of products are rounded to.
+class XsmmProductsTest : public XsmmEngineTest, public ::testing::WithParamInterface<DType> {
+  protected:
+    void SetUp() override
+    {
+        set_up(GetParam());
+        if (!IsSkipped() && GetParam() == DType::bf16 &&
+            engine().description().find("bf16 products") == std::string::npos)
+            GTEST_SKIP() << engine().description();
+    }
+};
+
+INSTANTIATE_TEST_SUITE_P(Products, XsmmProductsTest, ::testing::Values(DType::f32, DType::bf16),
+                         [](const auto& info) { return std::string(info.param == DType::f32 ? "f32" : "bf16"); });
+
+TEST_P(XsmmProductsTest, attention_of_a_segment_does_not_depend_on_the_other_segments)
 {
     // A trunk with two branches, between other segments and alone, and with the branches' order changed.
     const Tensor qkv = random(40 + 70 + 100 + 65 + 3, qkv_columns, 1);
@@ -110,7 +127,7 @@ TEST_F(XsmmEngineTest, attention_of_a_segment_does_not_depend_on_the_other_segme
     expect_same_bits(prefix_out, out.slice_rows(40, 33), "prefix");
 }
 
-TEST_F(XsmmEngineTest, cached_attention_does_not_depend_on_the_step_or_the_slot)
+TEST_P(XsmmProductsTest, cached_attention_does_not_depend_on_the_step_or_the_slot)
 {
     constexpr std::int64_t length = 200;
     const Tensor qkv = random(length, qkv_columns, 1), other = random(length, qkv_columns, 2);
@@ -136,6 +153,11 @@ TEST_F(XsmmEngineTest, cached_attention_does_not_depend_on_the_step_or_the_slot)
                                   std::vector<CachedSpan>{{1, row, 1, row, false}, {2, length + row, 1, row, false}},
                                   out);
     expect_same_bits(out.slice_rows(length, length), at_once, "cached");
+}
+
+TEST_P(XsmmProductsTest, the_cache_holds_operands_of_products)
+{
+    EXPECT_EQ(engine().cache_dtype(), GetParam());
 }
 
 TEST_F(XsmmEngineTest, panels_hold_the_weight_and_zeros)
