@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "bf16_rows.hpp"
 #include "selm/base/error.hpp"
 #include "simd.hpp"
 #include "xsmm_attention.hpp"
@@ -15,10 +16,20 @@
 // Along a row of queries, distances fall as the keys go on, so relative keys are kept in reverse order: where one
 // relative position is one distance (near the diagonal) both products are read in runs; far away all distances share
 // one position and the tile gets a number per row and a number per column; only between do indices decide.
+//
+// With bf16 operands, forward, rows of queries and keys are rows of pairs, which are transposed and multiplied where f32 rows
+// are; values are pairs of rows, and a tile's softmax weights are rounded right before they are multiplied. Backward,
+// products are f32 products of the rounded rows: the weights are those of the forward pass.
 namespace selm::xsmm {
+
+/// Of products: as they are; rounded to bf16, in the places of floats; the same, as pairs.
+enum class XsmmEngine::DisentangledOperands { f32, rounded, pairs };
 
 struct XsmmEngine::DisentangledHead {
     std::int32_t dim = 0;
+    DisentangledOperands operands = DisentangledOperands::f32;
+    bool bf16 = false;                   ///< operands are pairs
+    std::int32_t operand_floats = 0;     ///< of a row of queries or keys: D, or the pairs of D numbers
     std::int64_t positions = 0;          ///< S
     const std::int32_t* index = nullptr; ///< relative position of distance 0; distances to both sides of it
     float scale = 0;
@@ -26,16 +37,16 @@ struct XsmmEngine::DisentangledHead {
     std::int64_t query_column = 0, key_column = 0, value_column = 0;
     const float* relative_queries = nullptr; ///< rows of the relative projections, of this head
     std::int64_t relative_stride = 0;
-    float* reversed_keys = nullptr;  ///< [S][D], last relative key first
-    float* query_blocks = nullptr;   ///< [ceil(S/64)][D][64], relative queries transposed
+    float* reversed_keys = nullptr;  ///< [S][operand_floats], last relative key first
+    float* query_blocks = nullptr;   ///< [ceil(S/64)][operand_floats][64], relative queries transposed
     float* key_blocks = nullptr;     ///< the same of reversed_keys
 
     Segment segment;
     std::int64_t query_block = 0, key_block = 0;   ///< first blocks that the segment's distances reach
     std::int64_t blocks = 0;                       ///< how many, of both
-    float* contents = nullptr;                     ///< [3][L][D]: the segment's queries, keys and values, this head's
+    float* contents = nullptr;                     ///< the segment's queries, keys and values, this head's
     std::int64_t stride = 0;                       ///< of rows of products
-    float* keys_transposed = nullptr;              ///< [blocks of keys][D][64]
+    float* keys_transposed = nullptr;              ///< [blocks of keys][operand_floats][64]
     float* content_to_position = nullptr;          ///< [64][stride]: queries of a tile times reversed relative keys
     float* position_to_content = nullptr;          ///< [L][stride]: keys times relative queries
 
@@ -43,9 +54,26 @@ struct XsmmEngine::DisentangledHead {
     {
         return narrow(std::min<std::int64_t>(tile, segment.length - begin));
     }
-    const float* queries(std::int64_t position) const { return contents + position * dim; }
+    const float* queries(std::int64_t position) const { return contents + position * operand_floats; }
     const float* keys(std::int64_t position) const { return queries(segment.length + position); }
-    const float* values(std::int64_t position) const { return queries(2 * segment.length + position); }
+    /// Rows of D floats from a position on that is a multiple of 64, or pairs of such rows.
+    const float* values(std::int64_t position) const
+    {
+        return queries(2 * segment.length) + (bf16 ? position / 2 : position) * dim;
+    }
+    /// Rows of queries or keys times a transposed block of 64.
+    GemmShape product_with_block(std::int64_t rows, std::int64_t row_stride) const
+    {
+        const std::int32_t depth = bf16 ? 2 * operand_floats : dim;
+        return {.m = tile,
+                .n = narrow(rows),
+                .k = depth,
+                .lda = tile,
+                .ldb = depth,
+                .ldc = narrow(row_stride),
+                .accumulate = false,
+                .bf16 = bf16};
+    }
     /// Column of content_to_position of relative position 0.
     std::int64_t content_origin() const { return positions - 1 - key_block * tile; }
     /// Column of position_to_content of relative position 0 (not positive).
@@ -90,11 +118,15 @@ void transpose_blocks(const float* rows, std::int64_t stride, std::int64_t count
 } // namespace
 
 void XsmmEngine::prepare_head(DisentangledHead& head, const Tensor& qkv, const Tensor& relative,
-                              const DisentangledShape& shape, std::int64_t index)
+                              const DisentangledShape& shape, std::int64_t index, DisentangledOperands operands)
 {
+    const bool bf16 = operands == DisentangledOperands::pairs;
     const std::int64_t dim = shape.head_dim, width = shape.heads * dim, positions = relative.rows;
     const std::int64_t padded = blocks_of(positions) * tile;
     head.dim = narrow(dim);
+    head.operands = operands;
+    head.bf16 = bf16;
+    head.operand_floats = narrow(bf16 ? pairs_of(dim) : dim);
     head.positions = positions;
     head.index = shape.relative_index.data() + shape.relative_index.size() / 2;
     head.scale = shape.scale;
@@ -104,15 +136,34 @@ void XsmmEngine::prepare_head(DisentangledHead& head, const Tensor& qkv, const T
     head.value_column = 2 * width + index * dim;
     head.relative_queries = relative.f32() + index * dim;
     head.relative_stride = relative.stride;
-    head.query_blocks = relative_blocks_.get(3 * padded * dim);
+    head.query_blocks = relative_blocks_.get(4 * padded * dim);
     head.key_blocks = head.query_blocks + padded * dim;
     head.reversed_keys = head.key_blocks + padded * dim;
-    for (std::int64_t position = 0; position < positions; ++position) {
-        const float* const from = relative.row_f32(positions - 1 - position) + width + index * dim;
-        std::copy(from, from + dim, head.reversed_keys + position * dim);
+    const std::int64_t floats = head.operand_floats;
+    if (operands != DisentangledOperands::f32) {
+        float* const rows = head.reversed_keys + padded * dim;
+        copy_operands(head.relative_queries, relative.stride, positions, dim, operands, rows);
+        head.relative_queries = rows;
+        head.relative_stride = floats;
     }
-    transpose_blocks(head.relative_queries, relative.stride, positions, dim, head.query_blocks);
-    transpose_blocks(head.reversed_keys, dim, positions, dim, head.key_blocks);
+    transpose_blocks(head.relative_queries, head.relative_stride, positions, floats, head.query_blocks);
+    for (std::int64_t position = 0; position < positions; ++position)
+        copy_operands(relative.row_f32(positions - 1 - position) + width + index * dim, dim, 1, dim, operands,
+                      head.reversed_keys + position * floats);
+    transpose_blocks(head.reversed_keys, floats, positions, floats, head.key_blocks);
+}
+
+void XsmmEngine::copy_operands(const float* from, std::int64_t stride, std::int64_t rows, std::int64_t dim,
+                               DisentangledOperands operands, float* to)
+{
+    if (operands == DisentangledOperands::pairs) {
+        pair_columns(from, stride, rows, dim, to, pairs_of(dim));
+        return;
+    }
+    for (std::int64_t row = 0; row < rows; ++row)
+        std::copy_n(from + row * stride, dim, to + row * dim);
+    if (operands == DisentangledOperands::rounded)
+        round_to_bf16({to, static_cast<std::size_t>(rows * dim)});
 }
 
 void XsmmEngine::prepare_segment(DisentangledHead& head, const Segment& segment)
@@ -128,48 +179,41 @@ void XsmmEngine::prepare_segment(DisentangledHead& head, const Segment& segment)
     head.key_block = std::max<std::int64_t>(0, std::min(head.key_block, blocks_of(head.positions) - head.blocks));
     head.stride = head.blocks * tile + 16; // not a power of two: rows would share few places of the cache
     // Rows of qkv lie a page apart or more, at places of few cache sets: a head's part is copied together.
-    const std::int64_t length = segment.length, dim = head.dim, padded = blocks_of(length) * tile;
-    head.contents = contents_.get(3 * length * dim);
+    const std::int64_t length = segment.length, dim = head.dim, floats = head.operand_floats;
+    head.contents = contents_.get(2 * length * floats + (length + 1) * dim);
     const std::int64_t columns[3] = {head.query_column, head.key_column, head.value_column};
-    for (std::int64_t which = 0; which < 3; ++which)
-        for (std::int64_t i = 0; i < length; ++i)
-            std::copy_n(head.qkv->row_f32(segment.begin + i) + columns[which], dim,
-                        head.contents + (which * length + i) * dim);
-    head.keys_transposed = keys_transposed_.get(padded * dim);
+    for (std::int64_t which = 0; which < 3; ++which) {
+        const float* const from = head.qkv->row_f32(segment.begin) + columns[which];
+        float* const to = head.contents + which * length * floats;
+        if (head.bf16 && which == 2)
+            pair_rows(from, head.qkv->stride, length, dim, to, dim);
+        else
+            copy_operands(from, head.qkv->stride, length, dim, head.operands, to);
+    }
+    head.keys_transposed = keys_transposed_.get(blocks_of(length) * tile * floats);
     head.content_to_position = content_to_position_.get(tile * head.stride);
     head.position_to_content = position_to_content_.get(segment.length * head.stride);
-    transpose_blocks(head.keys(0), dim, segment.length, dim, head.keys_transposed);
-    multiply_relative(head, head.query_blocks + head.query_block * tile * head.dim, head.keys(0),
-                      segment.length, head.position_to_content);
+    transpose_blocks(head.keys(0), floats, segment.length, floats, head.keys_transposed);
+    multiply_relative(head, head.query_blocks + head.query_block * tile * floats, head.keys(0), segment.length,
+                      head.position_to_content);
 }
 
 void XsmmEngine::multiply_relative(const DisentangledHead& head, const float* blocks, const float* rows,
                                    std::int64_t count, float* to)
 {
+    const std::int64_t floats = head.operand_floats;
     for (std::int64_t row = 0; row < count; row += rows_per_call) {
-        const GemmKernel kernel = kernels_.find({.m = tile,
-                                                 .n = narrow(std::min(rows_per_call, count - row)),
-                                                 .k = head.dim,
-                                                 .lda = tile,
-                                                 .ldb = head.dim,
-                                                 .ldc = narrow(head.stride),
-                                                 .accumulate = false});
+        const GemmKernel kernel = kernels_.find(head.product_with_block(std::min(rows_per_call, count - row), head.stride));
         for (std::int64_t block = 0; block < head.blocks; ++block)
-            kernel(blocks + block * tile * head.dim, rows + row * head.dim, to + row * head.stride + block * tile);
+            kernel(blocks + block * tile * floats, rows + row * floats, to + row * head.stride + block * tile);
     }
 }
 
 void XsmmEngine::score_disentangled(const DisentangledHead& head, std::int64_t query, std::int64_t key, float* scores)
 {
     const std::int32_t rows = head.tile_rows(query), keys = head.tile_rows(key);
-    kernels_.find({.m = tile,
-                   .n = rows,
-                   .k = head.dim,
-                   .lda = tile,
-                   .ldb = head.dim,
-                   .ldc = tile,
-                   .accumulate = false})(head.keys_transposed + key * head.dim, head.queries(query),
-                                         scores);
+    kernels_.find(head.product_with_block(rows, tile))(head.keys_transposed + key * head.operand_floats,
+                                                       head.queries(query), scores);
     // Distance of row i and key j: (query - key) + i - j.
     const std::int32_t* const index = head.index + (query - key);
     const float* const content = head.content_to_position + head.content_origin();
@@ -214,11 +258,12 @@ void XsmmEngine::attend_disentangled(const DisentangledHead& head, std::int64_t 
 {
     const std::int32_t rows = head.tile_rows(query);
     const std::int64_t row = head.segment.begin + query;
-    float* const scores = score_tile_.get(tile * tile);
+    float* const scores = score_tile_.get(tile * tile + tile * tile / 2);
+    float* const weight_pairs = scores + tile * tile;
     float* const sums = output_tile_.get(2 * tile * head.dim); // of all tiles so far, and of one (see place_tile)
     float* const part = sums + tile * head.dim;
-    multiply_relative(head, head.key_blocks + head.key_block * tile * head.dim, head.queries(query),
-                      rows, head.content_to_position);
+    multiply_relative(head, head.key_blocks + head.key_block * tile * head.operand_floats, head.queries(query), rows,
+                      head.content_to_position);
     RowState states[tile];
     float factors[tile];
     for (std::int64_t key = 0; key < head.segment.length; key += tile) {
@@ -226,13 +271,16 @@ void XsmmEngine::attend_disentangled(const DisentangledHead& head, std::int64_t 
         score_disentangled(head, query, key, scores);
         for (std::int32_t i = 0; i < rows; ++i)
             factors[i] = soften_row(scores + i * tile, keys, head.scale, states[i]);
+        if (head.bf16)
+            pair_columns(scores, tile, rows, tile, weight_pairs, tile / 2);
         kernels_.find({.m = head.dim,
                        .n = rows,
-                       .k = keys,
+                       .k = head.bf16 ? 2 * narrow(pairs_of(keys)) : keys,
                        .lda = head.dim,
                        .ldb = tile,
                        .ldc = head.dim,
-                       .accumulate = false})(head.values(key), scores, key == 0 ? sums : part);
+                       .accumulate = false,
+                       .bf16 = head.bf16})(head.values(key), head.bf16 ? weight_pairs : scores, key == 0 ? sums : part);
         for (std::int32_t i = 0; key > 0 && i < rows; ++i)
             for (std::int32_t d = i * head.dim; d < (i + 1) * head.dim; ++d)
                 sums[d] = sums[d] * factors[i] + part[d];
@@ -275,7 +323,7 @@ void XsmmEngine::disentangled_attention(const Tensor& qkv, const Tensor& relativ
     SELM_EXPECT(lse.empty() || (lse.rows == shape.heads && lse.columns == qkv.rows));
     for (std::int64_t i = 0; i < shape.heads; ++i) {
         DisentangledHead head;
-        prepare_head(head, qkv, relative, shape, i);
+        prepare_head(head, qkv, relative, shape, i, uses_bf16_ ? DisentangledOperands::pairs : DisentangledOperands::f32);
         for (const Segment& segment : segments) {
             prepare_segment(head, segment);
             for (std::int64_t query = 0; query < segment.length; query += tile)
@@ -410,7 +458,7 @@ void XsmmEngine::disentangled_attention_backward(const Tensor& qkv, const Tensor
     to.d_relative_stride = drelative.stride;
     for (std::int64_t i = 0; i < shape.heads; ++i) {
         DisentangledHead head;
-        prepare_head(head, qkv, relative, shape, i);
+        prepare_head(head, qkv, relative, shape, i, uses_bf16_ ? DisentangledOperands::rounded : DisentangledOperands::f32);
         to.head = i;
         to.d_relative_queries = drelative.f32() + i * dim;
         const std::int64_t padded = blocks_of(positions) * tile + 16;

@@ -234,11 +234,15 @@ class XsmmEngine final : public Engine {
                          std::int64_t slot, std::int64_t position, float* out_row);
 
     /// What the tiles of one head and segment share in disentangled attention.
+    enum class DisentangledOperands;
     struct DisentangledHead;
     void prepare_head(DisentangledHead& head, const Tensor& qkv, const Tensor& relative, const DisentangledShape& shape,
-                      std::int64_t index);
+                      std::int64_t index, DisentangledOperands operands);
+    /// to [rows][dim], or pairs.
+    static void copy_operands(const float* from, std::int64_t stride, std::int64_t rows, std::int64_t dim,
+                              DisentangledOperands operands, float* to);
     void prepare_segment(DisentangledHead& head, const Segment& segment);
-    /// to [count][head.stride] = rows of head_dim numbers times the transposed relative rows of some blocks.
+    /// to [count][head.stride] = rows of queries or keys times the transposed relative rows of some blocks.
     void multiply_relative(const DisentangledHead& head, const float* blocks, const float* rows, std::int64_t count,
                            float* to);
     /// scores [rows][64] of a tile, not scaled: content, content to position, position to content.
