@@ -1,5 +1,6 @@
 #include <benchmark/benchmark.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -117,6 +118,30 @@ void attention(benchmark::State& state, Tested tested, bool is_backward)
         visible += 0.5 * static_cast<double>(s.length * (s.length + 1)) +
                    static_cast<double>(s.trunk < 0 ? 0 : s.length * trunk);
     report(state, visible * 9 * 64 * 4 * (is_backward ? 2.5 : 1.0));
+}
+
+/// One sequence through the attention of a layer of DeBERTa-v3-large.
+void disentangled(benchmark::State& state, Tested tested)
+{
+    Engine& e = *engine(tested);
+    constexpr std::int64_t heads = 16, dim = 64, span = 256;
+    const std::int64_t tokens = state.range(0);
+    std::vector<std::int32_t> index; // one relative position per distance near 0, then logarithmic buckets
+    for (std::int64_t distance = 1 - tokens; distance < tokens; ++distance) {
+        const auto magnitude = static_cast<double>(std::abs(distance));
+        const double bucket = magnitude <= span / 2 ? magnitude
+                                                    : span / 2 + std::ceil(std::log(magnitude / (span / 2)) /
+                                                                           std::log(511.0 / (span / 2)) * (span / 2 - 1));
+        const double row = span + (distance < 0 ? -bucket : bucket);
+        index.push_back(static_cast<std::int32_t>(std::clamp(row, 0.0, 2.0 * span - 1)));
+    }
+    const DisentangledShape shape{heads, dim, 1 / std::sqrt(3.0f * dim), index};
+    const Tensor qkv = random_tensor(e, tokens, 3 * heads * dim), relative = random_tensor(e, 2 * span, 2 * heads * dim);
+    const Tensor out = e.allocate(tokens, heads * dim, DType::f32);
+    const std::vector<Segment> segments = {{0, tokens, -1}};
+    for (auto _ : state)
+        e.disentangled_attention(qkv, relative, shape, segments, out, {});
+    report(state, static_cast<double>(tokens * (tokens + 2 * span)) * heads * dim * 4);
 }
 
 /// One decoding step of `slots` sequences, `context` tokens each.
@@ -302,6 +327,7 @@ void register_engine(const char* name, Tested tested)
             [=](benchmark::State& s) { attention(s, tested, is_backward); })
             ->Args({177, 280, 250})
             ->Args({500, 500, 500});
+    add("disentangled", [=](benchmark::State& s) { disentangled(s, tested); })->Arg(900);
     add("decode_attention", [=](benchmark::State& s) { decode_attention(s, tested); })
         ->Args({1, 256})
         ->Args({8, 256})

@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "bf16_rows.hpp"
+#include "bf16_softmax.hpp"
 #include "selm/base/error.hpp"
 #include "simd.hpp"
 #include "xsmm_attention.hpp"
@@ -265,33 +266,56 @@ void XsmmEngine::attend_disentangled(const DisentangledHead& head, std::int64_t 
     multiply_relative(head, head.key_blocks + head.key_block * tile * head.operand_floats, head.queries(query), rows,
                       head.content_to_position);
     RowState states[tile];
+    Bf16RowState bf16_states[tile];
     float factors[tile];
     for (std::int64_t key = 0; key < head.segment.length; key += tile) {
         const std::int32_t keys = head.tile_rows(key);
         score_disentangled(head, query, key, scores);
+        if (head.bf16) {
+            soften_rows({.scores = scores,
+                         .weights = weight_pairs,
+                         .stride = tile,
+                         .rows = rows,
+                         .group = 1,
+                         .width = tile,
+                         .keys = keys,
+                         .is_first = key == 0,
+                         .factor = head.scale * log2_e,
+                         .states = bf16_states,
+                         .sums = sums,
+                         .columns = head.dim});
+            kernels_.find({.m = head.dim,
+                           .n = rows,
+                           .k = 2 * narrow(pairs_of(keys)),
+                           .lda = head.dim,
+                           .ldb = tile,
+                           .ldc = head.dim,
+                           .accumulate = key > 0,
+                           .bf16 = true})(head.values(key), weight_pairs, sums);
+            continue;
+        }
         for (std::int32_t i = 0; i < rows; ++i)
             factors[i] = soften_row(scores + i * tile, keys, head.scale, states[i]);
-        if (head.bf16)
-            pair_columns(scores, tile, rows, tile, weight_pairs, tile / 2);
         kernels_.find({.m = head.dim,
                        .n = rows,
-                       .k = head.bf16 ? 2 * narrow(pairs_of(keys)) : keys,
+                       .k = keys,
                        .lda = head.dim,
                        .ldb = tile,
                        .ldc = head.dim,
-                       .accumulate = false,
-                       .bf16 = head.bf16})(head.values(key), head.bf16 ? weight_pairs : scores, key == 0 ? sums : part);
+                       .accumulate = false})(head.values(key), scores, key == 0 ? sums : part);
         for (std::int32_t i = 0; key > 0 && i < rows; ++i)
             for (std::int32_t d = i * head.dim; d < (i + 1) * head.dim; ++d)
                 sums[d] = sums[d] * factors[i] + part[d];
     }
     for (std::int32_t i = 0; i < rows; ++i) {
-        const float factor = 1.0f / states[i].sum;
+        const RowState state =
+            head.bf16 ? RowState{bf16_states[i].max / log2_e, bf16_states[i].sum} : states[i];
+        const float factor = 1.0f / state.sum;
         float* const to = out.row_f32(row + i) + head.query_column;
         for (std::int32_t d = 0; d < head.dim; ++d)
             to[d] = sums[i * head.dim + d] * factor;
         if (!lse.empty())
-            lse.row_f32(head.query_column / head.dim)[row + i] = states[i].max + std::log(states[i].sum);
+            lse.row_f32(head.query_column / head.dim)[row + i] = state.max + std::log(state.sum);
     }
 }
 
