@@ -3,6 +3,7 @@
 
 #include "bf16_rows.hpp"
 #include "bf16_softmax.hpp"
+#include "relative_tiles.hpp"
 #include "selm/base/error.hpp"
 #include "simd.hpp"
 #include "xsmm_attention.hpp"
@@ -33,6 +34,7 @@ struct XsmmEngine::DisentangledHead {
     std::int32_t operand_floats = 0;     ///< of a row of queries or keys: D, or the pairs of D numbers
     std::int64_t positions = 0;          ///< S
     const std::int32_t* index = nullptr; ///< relative position of distance 0; distances to both sides of it
+    bool takes_gradual_tiles = false;    ///< as in relative_tiles.hpp
     float scale = 0;
     const Tensor* qkv = nullptr;
     std::int64_t query_column = 0, key_column = 0, value_column = 0;
@@ -130,6 +132,9 @@ void XsmmEngine::prepare_head(DisentangledHead& head, const Tensor& qkv, const T
     head.operand_floats = narrow(bf16 ? pairs_of(dim) : dim);
     head.positions = positions;
     head.index = shape.relative_index.data() + shape.relative_index.size() / 2;
+    const auto is_jump = [](std::int32_t a, std::int32_t b) { return b > a + 1; };
+    head.takes_gradual_tiles = can_take_gradual_tiles() && std::adjacent_find(shape.relative_index.begin(), shape.relative_index.end(),
+                                                                              is_jump) == shape.relative_index.end();
     head.scale = shape.scale;
     head.qkv = &qkv;
     head.query_column = index * dim;
@@ -242,6 +247,12 @@ void XsmmEngine::score_disentangled(const DisentangledHead& head, std::int64_t q
         break;
     }
     case Run::other: {
+        if (head.takes_gradual_tiles) {
+            take_by_key(position, stride, index, keys, rows, by_key, tile);
+            simd::transpose(by_key, tile, keys, rows, by_query, tile);
+            add_by_query(content, stride, index, keys, rows, by_query, scores, tile);
+            break;
+        }
         for (std::int32_t j = 0; j < keys; ++j)
             for (std::int32_t i = 0; i < rows; ++i)
                 by_key[j * tile + i] = position[j * stride + index[i - j]];

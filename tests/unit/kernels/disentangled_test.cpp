@@ -6,15 +6,16 @@
 namespace selm {
 namespace {
 
-/// Relative positions as DeBERTa's: one per distance near 0, then buckets that widen, then the last one.
-std::vector<std::int32_t> bucketed_index(std::int64_t span, std::int64_t longest)
+/// Relative positions as DeBERTa's: one per distance near 0, then buckets that widen, then the last one. With a step above 1
+/// only each step-th position is used.
+std::vector<std::int32_t> bucketed_index(std::int64_t span, std::int64_t longest, std::int64_t step)
 {
     std::vector<std::int32_t> index;
     for (std::int64_t distance = 1 - longest; distance < longest; ++distance) {
         const std::int64_t magnitude = std::abs(distance), near = span / 2;
         const std::int64_t bucket = magnitude <= near ? magnitude : near + 1 + (magnitude - near) / 3;
         const std::int64_t row = span + (distance < 0 ? -bucket : bucket);
-        index.push_back(static_cast<std::int32_t>(std::clamp<std::int64_t>(row, 0, 2 * span - 1)));
+        index.push_back(static_cast<std::int32_t>(step * std::clamp<std::int64_t>(row, 0, 2 * span - 1)));
     }
     return index;
 }
@@ -23,6 +24,7 @@ struct Case {
     std::string name;
     std::int64_t heads, head_dim, span;
     std::vector<std::int64_t> lengths;
+    std::int64_t step = 1; ///< by which relative positions rise
 };
 
 const std::vector<Case>& cases()
@@ -34,6 +36,7 @@ const std::vector<Case>& cases()
         {"all kinds of tiles", 1, 12, 100, {400}},
         {"span beyond the segment", 1, 64, 256, {70, 9}},
         {"few relative positions", 2, 5, 1, {130, 66}},
+        {"positions that jump", 2, 12, 40, {150, 70}, 3},
     };
     return all;
 }
@@ -53,10 +56,10 @@ std::vector<Segment> segments_of(const std::vector<std::int64_t>& lengths)
 struct Given {
     explicit Given(const Case& c, double deviation = 1)
         : segments(segments_of(c.lengths)), tokens(segments.back().begin + segments.back().length),
-          index(bucketed_index(c.span, *std::max_element(c.lengths.begin(), c.lengths.end()) + 3)),
+          index(bucketed_index(c.span, *std::max_element(c.lengths.begin(), c.lengths.end()) + 3, c.step)),
           shape{c.heads, c.head_dim, static_cast<float>(1 / std::sqrt(3.0 * static_cast<double>(c.head_dim))), index},
           qkv(random_matrix(tokens, 3 * c.heads * c.head_dim, 11, deviation)),
-          relative(random_matrix(2 * c.span, 2 * c.heads * c.head_dim, 12, deviation))
+          relative(random_matrix(2 * c.span * c.step, 2 * c.heads * c.head_dim, 12, deviation))
     {
     }
     std::vector<Segment> segments;
