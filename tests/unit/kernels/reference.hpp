@@ -218,9 +218,11 @@ inline Attention attention(const Matrix& qkv, const selm::AttentionShape& shape,
                 const std::vector<double> scores = scaled_scores(qkv, shape, row, at, keys);
                 const double lse = log_sum_exp(scores);
                 result.lse(head, row) = lse;
-                for (std::size_t j = 0; j < keys.size(); ++j)
+                for (std::size_t j = 0; j < keys.size(); ++j) {
+                    const double p = std::exp(scores[j] - lse);
                     for (std::int64_t d = 0; d < shape.head_dim; ++d)
-                        result.out(row, at.q + d) += std::exp(scores[j] - lse) * qkv(keys[j], at.v + d);
+                        result.out(row, at.q + d) += p * qkv(keys[j], at.v + d);
+                }
             }
         }
     }
