@@ -121,7 +121,7 @@ void attention(benchmark::State& state, Tested tested, bool is_backward)
 }
 
 /// One sequence through the attention of a layer of DeBERTa-v3-large.
-void disentangled(benchmark::State& state, Tested tested)
+void disentangled(benchmark::State& state, Tested tested, bool is_backward)
 {
     Engine& e = *engine(tested);
     constexpr std::int64_t heads = 16, dim = 64, span = 256;
@@ -137,11 +137,18 @@ void disentangled(benchmark::State& state, Tested tested)
     }
     const DisentangledShape shape{heads, dim, 1 / std::sqrt(3.0f * dim), index};
     const Tensor qkv = random_tensor(e, tokens, 3 * heads * dim), relative = random_tensor(e, 2 * span, 2 * heads * dim);
-    const Tensor out = e.allocate(tokens, heads * dim, DType::f32);
+    const Tensor out = e.allocate(tokens, heads * dim, DType::f32), lse = e.allocate(heads, tokens, DType::f32);
+    const Tensor d_out = random_tensor(e, tokens, heads * dim), d_qkv = e.allocate(tokens, qkv.columns, DType::f32);
+    const Tensor d_relative = e.allocate(2 * span, relative.columns, DType::f32);
     const std::vector<Segment> segments = {{0, tokens, -1}};
-    for (auto _ : state)
-        e.disentangled_attention(qkv, relative, shape, segments, out, {});
-    report(state, static_cast<double>(tokens * (tokens + 2 * span)) * heads * dim * 4);
+    e.disentangled_attention(qkv, relative, shape, segments, out, lse);
+    for (auto _ : state) {
+        if (is_backward)
+            e.disentangled_attention_backward(qkv, relative, shape, segments, out, lse, d_out, d_qkv, d_relative);
+        else
+            e.disentangled_attention(qkv, relative, shape, segments, out, lse);
+    }
+    report(state, static_cast<double>(tokens * (tokens + 2 * span)) * heads * dim * 4 * (is_backward ? 2.5 : 1.0));
 }
 
 /// One decoding step of `slots` sequences, `context` tokens each.
@@ -327,7 +334,10 @@ void register_engine(const char* name, Tested tested)
             [=](benchmark::State& s) { attention(s, tested, is_backward); })
             ->Args({177, 280, 250})
             ->Args({500, 500, 500});
-    add("disentangled", [=](benchmark::State& s) { disentangled(s, tested); })->Arg(900);
+    for (const bool is_backward : {false, true})
+        add(is_backward ? "disentangled_backward" : "disentangled",
+            [=](benchmark::State& s) { disentangled(s, tested, is_backward); })
+            ->Arg(900);
     add("decode_attention", [=](benchmark::State& s) { decode_attention(s, tested); })
         ->Args({1, 256})
         ->Args({8, 256})

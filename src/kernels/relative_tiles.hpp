@@ -19,4 +19,12 @@ void take_by_key(const float* from, std::int64_t stride, const std::int32_t* ind
 void add_by_query(const float* from, std::int64_t stride, const std::int32_t* index, std::int32_t keys, std::int32_t rows,
                   const float* added, float* scores, std::int64_t to_stride);
 
+/// The gradient of take_by_key: to[j * stride + index[i - j]] += from[j * from_stride + i]. Numbers for one place are summed first.
+void sum_by_key(const float* from, std::int64_t from_stride, const std::int32_t* index, std::int32_t keys, std::int32_t rows,
+                float* to, std::int64_t stride);
+
+/// The gradient of add_by_query: to[i * stride - index[i - j]] += from[i * from_stride + j].
+void sum_by_query(const float* from, std::int64_t from_stride, const std::int32_t* index, std::int32_t keys,
+                  std::int32_t rows, float* to, std::int64_t stride);
+
 } // namespace selm::xsmm

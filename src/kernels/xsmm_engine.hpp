@@ -234,13 +234,12 @@ class XsmmEngine final : public Engine {
                          std::int64_t slot, std::int64_t position, float* out_row);
 
     /// What the tiles of one head and segment share in disentangled attention.
-    enum class DisentangledOperands;
     struct DisentangledHead;
     void prepare_head(DisentangledHead& head, const Tensor& qkv, const Tensor& relative, const DisentangledShape& shape,
-                      std::int64_t index, DisentangledOperands operands);
-    /// to [rows][dim], or pairs.
-    static void copy_operands(const float* from, std::int64_t stride, std::int64_t rows, std::int64_t dim,
-                              DisentangledOperands operands, float* to);
+                      std::int64_t index);
+    /// to [rows][head.operand_floats] = rows of head_dim numbers.
+    static void copy_operands(const DisentangledHead& head, const float* from, std::int64_t stride, std::int64_t rows,
+                              float* to);
     void prepare_segment(DisentangledHead& head, const Segment& segment);
     /// to [count][head.stride] = rows of queries or keys times the transposed relative rows of some blocks.
     void multiply_relative(const DisentangledHead& head, const float* blocks, const float* rows, std::int64_t count,
@@ -249,6 +248,18 @@ class XsmmEngine final : public Engine {
     void score_disentangled(const DisentangledHead& head, std::int64_t query, std::int64_t key, float* scores);
     void attend_disentangled(const DisentangledHead& head, std::int64_t query, const Tensor& out, const Tensor& lse);
     struct DisentangledGradients;
+    void prepare_gradients(DisentangledGradients& to, const DisentangledHead& head, const Tensor& relative);
+    void prepare_gradients(DisentangledGradients& to, const DisentangledHead& head);
+    /// One product of the backward pass, added: `count` rows of `depth` numbers times as many rows of head_dim numbers.
+    struct DisentangledProduct {
+        const float* rows = nullptr; ///< rounded here
+        std::int64_t stride = 0, count = 0, depth = 0;
+        const float* factor = nullptr; ///< rows, or pairs of rows
+        std::int64_t factor_stride = 0;
+        float* sums = nullptr;
+        std::int64_t sum_stride = 0;
+    };
+    void add_product(const DisentangledHead& head, const DisentangledProduct& product);
     void attend_disentangled_backward(const DisentangledHead& head, std::int64_t query,
                                       const DisentangledGradients& to);
     void finish_disentangled_backward(const DisentangledHead& head, const DisentangledGradients& to);
@@ -264,7 +275,7 @@ class XsmmEngine final : public Engine {
     MemoryPool memory_;
     Scratch expanded_, rounded_rows_, gradient_pairs_, x_panels_, dy_transposed_, score_tile_, output_tile_, keys_transposed_, backward_tiles_,
         decode_scores_, logit_tile_, logit_gradient_, relative_blocks_, contents_, values_transposed_,
-        content_to_position_, position_to_content_, relative_gradient_, position_gradient_;
+        content_to_position_, position_to_content_, relative_gradient_, position_gradient_, gradient_operands_;
     std::vector<KeyTile> key_tiles_;
     Scratch query_pairs_, weight_tile_;
     std::vector<Bf16KeyTile> bf16_key_tiles_;
