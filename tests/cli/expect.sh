@@ -46,6 +46,7 @@ mpi() {
 # ranks_of LAUNCHER PROGRAM: the processes of PROGRAM that LAUNCHER started, however deep; never those of another test.
 ranks_of() {
     local process name
+    # shellcheck disable=SC2013 # the words are wanted
     for process in $(cat "/proc/$1/task"/*/children 2>/dev/null); do
         read -r name 2>/dev/null <"/proc/$process/comm" || continue
         if [ "$name" = "$2" ]; then echo "$process"; else ranks_of "$process" "$2"; fi
