@@ -60,6 +60,8 @@ endforeach()
 # Scripts that make model directories; those that build and test belong to the source tree.
 install(DIRECTORY "${CMAKE_SOURCE_DIR}/scripts" DESTINATION "${CMAKE_INSTALL_DATADIR}/selm" USE_SOURCE_PERMISSIONS
         FILES_MATCHING PATTERN "*.py" PATTERN "requirements.txt" PATTERN "__pycache__" EXCLUDE)
+install(FILES "${CMAKE_SOURCE_DIR}/benchmarks/selm_bench/__init__.py" "${CMAKE_SOURCE_DIR}/benchmarks/selm_bench/machine.py"
+        DESTINATION "${CMAKE_INSTALL_DATADIR}/selm/benchmarks/selm_bench") # what benchmarks/scaling uses of it
 install(DIRECTORY "${CMAKE_SOURCE_DIR}/benchmarks/scaling" DESTINATION "${CMAKE_INSTALL_DATADIR}/selm/benchmarks" USE_SOURCE_PERMISSIONS
         PATTERN "__pycache__" EXCLUDE)
 install(FILES "${CMAKE_SOURCE_DIR}/packaging/modulefiles/selm.lua" DESTINATION "${CMAKE_INSTALL_DATADIR}/selm/modulefiles/selm"

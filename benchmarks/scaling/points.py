@@ -5,6 +5,7 @@ import os
 import struct
 
 PHASES = ("generate", "rank", "logprob", "train")
+TIMING = {"generate": "generation", "rank": "rank", "logprob": "logprob_reference"}  # names below /timing of the iteration file
 
 
 def parameters_of(model):
@@ -31,9 +32,8 @@ def idle_of(path, phase):
     except ImportError:
         return None
     with h5py.File(path) as file:
-        if f"timing/{phase}" not in file:
-            return None
-        busy, idle = file[f"timing/{phase}/busy_s"][()], file[f"timing/{phase}/idle_s"][()]
+        timing = file[f"timing/{TIMING[phase]}"]
+        busy, idle = timing["busy_s"][()], timing["idle_s"][()]
     return float(idle.sum() / max(1e-9, busy.sum() + idle.sum()))
 
 

@@ -55,7 +55,7 @@ def predicted_table(predictions):
 
 def markdown(study):
     where = study["hardware"]
-    text = (f"# Scaling\n{where['cpu']} ({', '.join(where['features'])}), {where['cores']} cores, {where['memory_gib']} GiB; {study['when']}, commit {study['commit']}. "
+    text = (f"# Scaling\n{where['cpu']} ({', '.join(where['features'])}), {where['cores']} cores, {where['memory_gib']} GiB; {study['when']}, {study['program']}. "
             f"`{study['command']}`\n\nModel {study['model']} ({study['parameters'] / 1e6:.1f} M parameters), {study['dtype']}. Medians of the repetitions; seconds of "
             "training are those of an optimizer step, its rows those of the global batch. Efficiency: tokens per rank and second against "
             "the fewest ranks in the same mode. Idle: the ranks' time without a row; in training, waiting for communication and so for slower "

@@ -458,7 +458,7 @@ selm_job_scaling() {
     if [ -x "$script" ] && command -v python3 >/dev/null; then
         # The table of all elements that have ended; the last one's is the whole. A table that fails is no failed job.
         python3 "$script" --runs "$base" --out "$base" --model "$(recipe_value "$config" policy "")" \
-            --dtype "$(recipe_value "$config" dtype bf16)" --ranks-per-node $((SLURM_NTASKS / SLURM_JOB_NUM_NODES)) ||
+            --dtype "$(recipe_value "$config" dtype bf16)" --bin "$(dirname "$(selm_program selm_iter)")" --ranks-per-node $((SLURM_NTASKS / SLURM_JOB_NUM_NODES)) ||
             say "no table (see above); by hand: $script --runs $base --model POLICY"
     else
         say "no table (no python3 here); elsewhere: benchmarks/scaling/run --runs $base --model POLICY"
