@@ -90,17 +90,17 @@ class PhaseModel:
         moved = [[self.bytes_per_step * (p["ranks"] - 1) / p["ranks"]] for p in inside]
         return least_squares(moved, [p["comm_s"] for p in inside])[0]
 
-    def parts(self, rows, ranks, nodes):
-        """(fixed, compute, communication) seconds of `rows` rows, or of one step of `rows` rows."""
-        compute = self.token_s * busiest_tokens(self.tokens_per_row * rows, rows, ranks)
+    def parts(self, rows, ranks, nodes, tokens=None):
+        """(fixed, compute, communication) seconds of `rows` rows, or of one step of `rows` rows; they have `tokens`, or the mean length."""
+        compute = self.token_s * busiest_tokens(self.tokens_per_row * rows if tokens is None else tokens, rows, ranks)
         if not self.train:
             return self.fixed_s, compute, 0.0
         per_node = max(1.0, ranks / nodes)
         inside = self.node_byte_s * self.bytes_per_step * (per_node - 1) / per_node
         return self.fixed_s, compute, inside + self.network.seconds(self.bytes_per_step / 2, nodes)
 
-    def seconds(self, rows, ranks, nodes):
-        return sum(self.parts(rows, ranks, nodes))
+    def seconds(self, rows, ranks, nodes, tokens=None):
+        return sum(self.parts(rows, ranks, nodes, tokens))
 
     def efficiency(self, rows, ranks, nodes):
         """Against one rank with the same rows."""

@@ -23,6 +23,7 @@ rows = [{"phase": "generate", "rows": r, "ranks": n, "nodes": 1, "tokens": 100 *
 model = PhaseModel(rows, 0, Network(5, 10))
 close(model.fixed_s, 2)
 close(model.token_s, 0.003)
+close(model.seconds(64, 2, 1, 3200), 2 + 0.003 * 1600) # a point whose rows are half as long
 close(model.seconds(1000, 7, 1), 2 + 0.3 * 143)   # the busiest of seven ranks has 143 rows
 close(model.efficiency(640, 64, 1), (2 + 192) / (64 * 5))
 # A step of 1 GB of gradients and weights at 4 GB/s in a node, 10 GB/s and 5 us between nodes.
