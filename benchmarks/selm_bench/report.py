@@ -99,7 +99,7 @@ def work_table(result):
              f"{machine_text(result['hardware'])}; {load_text(result)}.",
              f"{', '.join(each(result, 'when'))}, commit {', '.join(each(result, 'commit'))}; {'; '.join(each(result, 'versions'))}.",
              f"`{commands[0]}`" + (f" and {len(result['runs']) - 1} more runs added to it" if len(result["runs"]) > 1 else "")
-             + "; median (lowest to highest). Sides take turns within a run; ours, and peers in their own way, after a warm-up.", "",
+             + "; median (lowest to highest). Sides take turns within a run, short ones after a warm-up.", "",
              f"| | {result['unit']} | runs | proportional set size GiB | peak resident GiB |", "|---|---|---|---|---|"]
     for name, samples in result["samples"].items():
         if samples:
