@@ -31,12 +31,12 @@ keep_logs() {
 # make_recipe MAX_NEW_TOKENS ROWS
 make_recipe() { make_tiny_run "$2" "$1"; }
 
-# make_long_recipe ROWS [LAYERS]: every phase takes a while, so that something can happen meanwhile; training has eight steps.
+# make_long_recipe ROWS [LAYERS]: every phase takes seconds on one fast core, so that something can happen meanwhile; training has eight steps.
 make_long_recipe() {
     make_recipe 64 "$1"
     sed -i "s/^global-batch = .*/global-batch = $(($1 / 16))/" recipe.cfg
-    "$SELM_TOOL_DIR/selm_tiny_model_tool" policy seed=1 "layers=${2:-16}"
-    "$SELM_TOOL_DIR/selm_tiny_model_tool" reward seed=2 "layers=${2:-16}" classifier
+    "$SELM_TOOL_DIR/selm_tiny_model_tool" policy seed=1 "layers=${2:-32}"
+    "$SELM_TOOL_DIR/selm_tiny_model_tool" reward seed=2 "layers=${2:-32}" classifier
     cat >>recipe.cfg <<'CFG'
 checkpoint-every = 1
 CFG
