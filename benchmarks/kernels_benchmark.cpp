@@ -92,7 +92,7 @@ void linear(benchmark::State& state, Tested tested, Pass pass, bool is_bf16 = fa
             e.linear_backward_weight(y, x, dw);
     }
     report(state, 2.0 * static_cast<double>(outputs * inputs * tokens));
-    const double bytes = static_cast<double>(outputs * inputs) * (is_dw ? 8 : is_bf16 ? 2 : 4);
+    const double bytes = static_cast<double>(outputs * inputs) * (is_dw ? 8 : is_bf16 || tested == Tested::xsmm_bf16 ? 2 : 4);
     report_bytes(state, bytes);
 }
 

@@ -114,7 +114,7 @@ TEST_P(HeadTest, backward_as_defined)
             expected_dw.values[i] += before.values[i];
         // Softmax weights are off by the logits' error, relatively; dh sums them over w, dw over the rows.
         // Operands of bf16 products: logit gradients are rounded, in sums the roundings partly cancel.
-        const double relative = 2 * logit_error(p) + 2e-6 + 2 * operand_error();
+        const double relative = 2 * logit_error(p) + 2e-6 + operand_error();
         expect_close(values(dh), expected.dh, relative * std::max(1.0, largest_magnitude(expected.dh)),
                      text(s) + ", dh");
         expect_close(values(dw), expected_dw, relative * std::max(1.0, largest_magnitude(expected_dw)),

@@ -126,7 +126,7 @@ TEST_P(LinearTest, storage_packed_by_another_rank_serves)
     }
 }
 
-// Operands of any size: with bf16 operands each is off by 2^-9 at most, otherwise the products are those of f32.
+// Operands of any size: with bf16 operands each is off by 2^-8 of itself at most, otherwise the products are those of f32.
 TEST_P(LinearTest, operands_are_rounded_to_nearest)
 {
     const Matrix x = selm::random_matrix(70, 129, 1), w = selm::random_matrix(33, 129, 2);
