@@ -65,23 +65,21 @@ struct MemoryPool::State {
         }
     }
 
-    /// A kept block of `size` or up to a quarter more (micro-batches differ in tokens), else null. size becomes the block's.
-    void* take(std::size_t& size, std::size_t bytes)
+    void* take(std::size_t size, std::size_t bytes)
     {
         const std::lock_guard lock(mutex);
         requested += static_cast<std::int64_t>(bytes);
         requested_peak = std::max(requested_peak, requested);
-        const auto found = kept.lower_bound(size);
-        const bool fits = found != kept.end() && found->first - size <= size / 4;
-        void* const block = fits ? found->second : nullptr;
-        if (fits) {
-            size = found->first;
-            kept_bytes -= static_cast<std::int64_t>(size);
-            kept.erase(found);
-        }
         allocated += static_cast<std::int64_t>(size);
         peak = std::max(peak, allocated);
-        trim();
+        const auto found = kept.find(size);
+        if (found == kept.end()) {
+            trim();
+            return nullptr;
+        }
+        void* block = found->second;
+        kept.erase(found);
+        kept_bytes -= static_cast<std::int64_t>(size);
         return block;
     }
 
@@ -104,7 +102,7 @@ MemoryPool::MemoryPool() : state_(std::make_shared<State>()) {}
 
 std::shared_ptr<void> MemoryPool::allocate(std::size_t bytes)
 {
-    std::size_t size = size_class(std::max<std::size_t>(bytes, 1) + padding);
+    const std::size_t size = size_class(std::max<std::size_t>(bytes, 1) + padding);
     void* block = state_->take(size, bytes);
     if (block == nullptr)
         block = allocate_aligned(size);
