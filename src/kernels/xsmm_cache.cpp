@@ -65,14 +65,7 @@ void XsmmEngine::decode_row(const float* qkv_row, const AttentionShape& shape, c
     const std::int64_t dim = shape.head_dim, group = shape.heads / shape.kv_heads, keys = position + 1;
     const std::int64_t stride = blocks_of(cache.capacity()) * tile;
     float* const scores = decode_scores_.get(group * stride);
-    // The heads of a group are neighbours in the row: rows of one small matrix, which share every load of K and V.
-    const GemmKernel score_kernel = kernels_.find({.m = tile,
-                                                   .n = narrow(group),
-                                                   .k = narrow(dim),
-                                                   .lda = tile,
-                                                   .ldb = narrow(dim),
-                                                   .ldc = narrow(stride),
-                                                   .accumulate = false});
+    const GemmKernel score_kernel = kernels_.find(decode_score_shape(group, dim, stride, false));
     const auto value_kernel = [&](std::int64_t begin) {
         return kernels_.find({.m = narrow(dim),
                               .n = narrow(group),

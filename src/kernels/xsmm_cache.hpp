@@ -10,6 +10,8 @@
 #include "selm/base/error.hpp"
 #include "selm/kernels/engine.hpp"
 #include "xsmm_attention.hpp"
+#include "xsmm_blocks.hpp"
+#include "xsmm_gemm.hpp"
 
 namespace selm::xsmm {
 
@@ -65,5 +67,19 @@ class XsmmKvCache final : public KvCache {
 
 /// Query heads that share one key/value head, at most.
 constexpr std::int64_t max_group = 64;
+
+/// Scores of a decoded token against 64 keys. The heads of a group are neighbours in the token's row: rows of one small matrix,
+/// which share every load of the keys.
+inline GemmShape decode_score_shape(std::int64_t group, std::int64_t head_dim, std::int64_t score_stride, bool is_bf16)
+{
+    return {.m = tile,
+            .n = narrow(group),
+            .k = narrow(head_dim),
+            .lda = tile,
+            .ldb = narrow(head_dim),
+            .ldc = narrow(score_stride),
+            .accumulate = false,
+            .bf16 = is_bf16};
+}
 
 } // namespace selm::xsmm

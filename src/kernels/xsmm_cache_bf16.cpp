@@ -87,15 +87,7 @@ void XsmmEngine::decode_row_bf16(const float* qkv_row, const AttentionShape& sha
     float* const weights = weight_tile_.get(group * stride / 2);
     float* const queries = query_pairs_.get(shape.heads * dim / 2);
     pair_columns(qkv_row, shape.heads * dim, 1, shape.heads * dim, queries, shape.heads * dim / 2);
-    // The heads of a group are rows of one small matrix, which share every load of K and V.
-    const GemmKernel score_kernel = kernels_.find({.m = tile,
-                                                   .n = narrow(group),
-                                                   .k = narrow(dim),
-                                                   .lda = tile,
-                                                   .ldb = narrow(dim),
-                                                   .ldc = narrow(stride),
-                                                   .accumulate = false,
-                                                   .bf16 = true});
+    const GemmKernel score_kernel = kernels_.find(decode_score_shape(group, dim, stride, true));
     const auto value_kernel = [&](std::int64_t begin) {
         return kernels_.find({.m = narrow(dim),
                               .n = narrow(group),

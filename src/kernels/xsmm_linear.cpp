@@ -19,15 +19,16 @@ std::int64_t panels_of(std::int64_t columns, std::int64_t width)
     return (columns + width - 1) / width;
 }
 
-/// Row `row` of a weight as floats: the row itself, or bf16 expanded into `expanded`.
-const float* weight_row(const Tensor& weight, std::int64_t row, float* expanded)
+/// to [count][columns] = rows of a weight from `begin` on, as floats.
+void copy_weight_rows(const Tensor& weight, std::int64_t begin, std::int64_t count, float* to)
 {
-    if (weight.dtype == DType::f32)
-        return weight.row_f32(row);
-    const std::uint16_t* from = weight.bf16() + row * weight.stride;
-    for (std::int64_t k = 0; k < weight.columns; ++k)
-        expanded[k] = elementwise::from_bf16(from[k]);
-    return expanded;
+    for (std::int64_t row = begin; row < begin + count; ++row, to += weight.columns) {
+        if (weight.dtype == DType::f32)
+            std::copy_n(weight.row_f32(row), weight.columns, to);
+        else
+            std::transform(weight.bf16() + row * weight.stride, weight.bf16() + row * weight.stride + weight.columns, to,
+                           elementwise::from_bf16);
+    }
 }
 
 /// In front of the forward panels, as the first of `header_elements` floats.
@@ -104,11 +105,7 @@ void XsmmEngine::pack_pairs(const Tensor& weight, const PackedWeight& out)
     float* const rounded = rounded_rows_.get(width * pairs);
     for (std::int64_t begin = 0; begin < outputs; begin += width) {
         const std::int64_t count = std::min(width, outputs - begin);
-        for (std::int64_t row = 0; row < count; ++row) {
-            const float* from = weight_row(weight, begin + row, rows + row * inputs);
-            if (from != rows + row * inputs)
-                std::copy(from, from + inputs, rows + row * inputs);
-        }
+        copy_weight_rows(weight, begin, count, rows);
         float* const panel = out.forward.f32() + header_elements + begin * pairs;
         if (count < width)
             std::fill(panel, panel + pairs * width, 0.0f);
@@ -134,11 +131,7 @@ void XsmmEngine::pack_panels(const Tensor& weight, bool is_bf16, const PackedWei
     float* const rows = x_panels_.get(width * inputs);
     for (std::int64_t begin = 0; begin < outputs; begin += width) {
         const std::int64_t count = std::min(width, outputs - begin);
-        for (std::int64_t row = 0; row < count; ++row) {
-            const float* from = weight_row(weight, begin + row, rows + row * inputs);
-            if (from != rows + row * inputs)
-                std::copy(from, from + inputs, rows + row * inputs);
-        }
+        copy_weight_rows(weight, begin, count, rows);
         float* const panel = is_bf16 ? expanded_.get(width * inputs) : panels + begin * inputs;
         if (count < width)
             std::fill(panel, panel + inputs * width, 0.0f);
