@@ -178,7 +178,7 @@ def test_inputs_that_are_not_at_hand_are_named(planned):
 def test_a_recipe_that_cannot_run_is_refused():
     command = [str(BIN / "selm_iter"), "--config", "configs/phi3_mini.cfg", "--policy", "configs/shapes/phi3_mini", "--dry-run"]
     for arguments, code, message in ((["--max-length", "2048"], 78, "max-length 2048 is beyond the context"),  # the sliding window
-                                     (["--ranks", "64", "--ranks-per-node", "1", "--node-memory", "64"], 78, "train needs"),
+                                     (["--ranks", "64", "--ranks-per-node", "1", "--node-memory", "48"], 78, "train needs"),
                                      (["--zero", "4"], 64, "--zero 4 is not known"),
                                      (["--rows-total", "1000"], 65, "asks for more than the 1000 rows")):
         result = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=60, cwd=ROOT)
