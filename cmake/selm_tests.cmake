@@ -35,6 +35,14 @@ set(selm_test_environment
 # tests, which use no MPI.
 set(selm_mpi_environment ${selm_test_environment} "ASAN_OPTIONS=detect_leaks=0")
 
+# A directory of its own for the files of each test's MPI: one program that ends removes what is empty of the shared one, also
+# beneath another that is just starting.
+function(selm_mpi_session_directory name variable)
+    set(directory "${CMAKE_BINARY_DIR}/ompi/${name}")
+    file(MAKE_DIRECTORY "${directory}")
+    set(${variable} "OMPI_MCA_orte_tmpdir_base=${directory}" PARENT_SCOPE)
+endfunction()
+
 # Flags that let a laptop run more ranks than it has cores.
 execute_process(COMMAND ${MPIEXEC_EXECUTABLE} --version OUTPUT_VARIABLE selm_mpiexec_version ERROR_QUIET)
 set(selm_mpiexec_flags "")
@@ -73,8 +81,10 @@ foreach(module IN LISTS selm_test_modules)
             add_test(NAME mpi_${module}_np${ranks}
                      COMMAND ${MPIEXEC_EXECUTABLE} ${selm_mpiexec_flags} ${MPIEXEC_NUMPROC_FLAG} ${ranks}
                              $<TARGET_FILE:mpi_${module}>)
+            selm_mpi_session_directory(mpi_${module}_np${ranks} session_directory)
             set_tests_properties(mpi_${module}_np${ranks} PROPERTIES
-                LABELS mpi TIMEOUT ${selm_test_timeout} PROCESSORS ${ranks} ENVIRONMENT "${selm_mpi_environment};SELM_TEST_WATCHDOG_S=${selm_test_watchdog}")
+                LABELS mpi TIMEOUT ${selm_test_timeout} PROCESSORS ${ranks}
+                ENVIRONMENT "${selm_mpi_environment};${session_directory};SELM_TEST_WATCHDOG_S=${selm_test_watchdog}")
         endforeach()
     endif()
 endforeach()
@@ -126,7 +136,9 @@ if(SELM_REFERENCE_PYTHON)
         cmake_path(GET source STEM name)
         string(REGEX REPLACE "^test_" "" name "${name}")
         add_test(NAME oracle_${name} COMMAND ${SELM_REFERENCE_PYTHON} -m pytest -q -p no:cacheprovider "${source}")
-        set_tests_properties(oracle_${name} PROPERTIES LABELS oracle TIMEOUT ${selm_oracle_timeout} ENVIRONMENT "${selm_mpi_environment}")
+        selm_mpi_session_directory(oracle_${name} session_directory)
+        set_tests_properties(oracle_${name} PROPERTIES LABELS oracle TIMEOUT ${selm_oracle_timeout}
+            ENVIRONMENT "${selm_mpi_environment};${session_directory}")
     endforeach()
 endif()
 
@@ -136,7 +148,9 @@ foreach(source IN LISTS cli_sources)
     cmake_path(GET source STEM name)
     string(REGEX REPLACE "^test_" "" name "${name}")
     add_test(NAME cli_${name} COMMAND bash "${source}")
-    set_tests_properties(cli_${name} PROPERTIES LABELS cli TIMEOUT ${selm_cli_timeout} SKIP_RETURN_CODE 77 ENVIRONMENT "${selm_mpi_environment}")
+    selm_mpi_session_directory(cli_${name} session_directory)
+    set_tests_properties(cli_${name} PROPERTIES LABELS cli TIMEOUT ${selm_cli_timeout} SKIP_RETURN_CODE 77
+        ENVIRONMENT "${selm_mpi_environment};${session_directory}")
 endforeach()
 
 # --- batch scripts, most of them on a SLURM of virtual nodes that the test starts (skipped where none can be made)

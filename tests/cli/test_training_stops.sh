@@ -132,15 +132,31 @@ same stopped
 
 # --- kill -9 of a rank while a checkpoint is being written
 newer_than() { [ "$(newest killed)" != "$1" ]; } # newer_than STEP: this start has made a checkpoint too
+# half_written: stops the ranks again and again, some milliseconds apart, until they stand in the middle of a checkpoint.
+half_written() {
+    local try
+    for ((try = 0; try < 2000; ++try)); do
+        frozen=$(ranks_of "$launcher" selm_train)
+        # shellcheck disable=SC2086
+        kill -STOP $frozen 2>/dev/null || return 1 # the training is over
+        sleep 0.004 # until they stand
+        if exists 'killed/checkpoints/*.partial-*'; then return 0; fi
+        # shellcheck disable=SC2086
+        kill -CONT $frozen
+        sleep "0.00$((RANDOM % 8 + 1))"
+    done
+    return 1
+}
 torn=0
 for victim in 0 1 2 0; do
     exec_train killed --checkpoint-every 5 >killed.log 2>&1 &
     launcher=$!
     before=$(newest killed 2>/dev/null || true)
     comes_to "$launcher" newer_than "$before" || fail "the training had ended before rank $victim was killed"
-    victim=$(rank_pid "$victim")
-    until exists 'killed/checkpoints/*.partial-*' || ! kill -0 "$launcher" 2>/dev/null; do :; done
-    kill -9 "$victim" 2>/dev/null || fail "there was no rank to kill"
+    half_written || fail "the training had ended before it stood in a checkpoint"
+    kill -9 "$(rank_pid "$victim")" || fail "there was no rank $victim to kill"
+    # shellcheck disable=SC2086
+    kill -CONT $frozen 2>/dev/null || true
     wait "$launcher" || true
     if exists 'killed/checkpoints/*.partial-*'; then torn=$((torn + 1)); fi
 done
