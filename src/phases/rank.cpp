@@ -376,7 +376,7 @@ void RankOptions::describe(OptionVisitor& visitor)
     visitor.option("rank", "update-rule", update_rule, "best-worst|replace|offline", OptionRole::recipe);
     visitor.option("rank", "rank-mode", rank_mode, "per-row|blender: how pairrm cuts long texts (blender: by batches of 8 rows, as LLM-Blender)",
                    OptionRole::recipe);
-    visitor.option("rank", "pairrm-dtype", pairrm_dtype, "fp32|bf16: weights of pairrm, whatever --dtype says", OptionRole::recipe);
+    visitor.option("rank", "pairrm-dtype", pairrm_dtype, "fp32|bf16: type of computation of pairrm, whatever --dtype says", OptionRole::recipe);
     visitor.option("rank", "generated-only", generated_only, "on|off: score the generated answers alone (held-out files)", OptionRole::recipe);
     visitor.option("rank", "tokens-per-microbatch", tokens_per_microbatch, "packed tokens computed together", OptionRole::operational);
     visitor.option("rank", "stop-file", stop_file, "stop and save when this file exists", OptionRole::operational);

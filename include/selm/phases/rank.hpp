@@ -19,7 +19,7 @@ struct RankOptions {
     std::vector<std::string> rankers;      ///< --ranker KIND:PATH (pairrm:DIR | reward:DIR | file:F.jsonl), repeatable; empty only with offline
     std::string update_rule = "best-worst"; ///< best-worst | replace | offline
     std::string rank_mode = "per-row";     ///< per-row | blender (pairrm only)
-    std::string pairrm_dtype = "fp32";     ///< fp32 | bf16: weights of pairrm rankers; fp32 is what LLM-Blender uses on CPUs
+    std::string pairrm_dtype = "fp32";     ///< fp32 | bf16: as --dtype, of pairrm rankers; fp32 is what LLM-Blender uses on CPUs
     bool generated_only = false;           ///< score only the generated answers (held-out files): chosen and rejected NaN, no /pairs
     std::int64_t tokens_per_microbatch = 4096;
     std::string stop_file;
