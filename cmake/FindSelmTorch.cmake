@@ -23,7 +23,9 @@ if(SELM_ENABLE_CUDA)
     find_package(Torch REQUIRED HINTS "${selm_torch_root}/share/cmake/Torch")
     add_library(selm::torch INTERFACE IMPORTED)
     target_include_directories(selm::torch SYSTEM INTERFACE ${TORCH_INCLUDE_DIRS})
-    target_link_libraries(selm::torch INTERFACE ${TORCH_LIBRARIES})
+    # libtorch.so of the 2.11 wheel exports a copy of std::filesystem that calls null pointers beside an older libstdc++: the
+    # real one has to come first.
+    target_link_libraries(selm::torch INTERFACE "-Wl,--push-state,--no-as-needed,-lstdc++,--pop-state" ${TORCH_LIBRARIES})
     # Installed programs too must find a wheel that lies in the source tree.
     target_link_options(selm::torch INTERFACE "LINKER:-rpath,${TORCH_INSTALL_PREFIX}/lib")
     set(SelmTorch_FOUND TRUE)

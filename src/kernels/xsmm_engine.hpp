@@ -34,6 +34,7 @@ class XsmmEngine final : public Engine {
     explicit XsmmEngine(Products products = Products::automatic, DType operands = DType::f32);
 
     std::string name() const override { return "xsmm"; }
+    std::string numerics() const override { return uses_bf16_ ? "xsmm-bf16" : "xsmm"; }
     std::string description() const override;
     Device device() const override { return Device::cpu; }
     DType activation_dtype() const override { return DType::f32; }

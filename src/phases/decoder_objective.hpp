@@ -35,6 +35,7 @@ class DecoderObjective : public TrainingObjective {
     void refresh(TrainingWeights& weights) override { model_->refresh(weights); }
     std::int64_t engine_bytes() const override { return model_->engine().peak_allocated_bytes(); }
     std::string engine_description() const override { return model_->engine().description(); }
+    std::string numerics() const override { return model_->engine().numerics(); }
     std::vector<SafetensorSpec> tensors() const override { return model_tensors(model_->config()); }
     DType saved_dtype() const override { return saved_dtype_; }
     void write_files(const std::string& directory) const override { model_->write_files(directory, saved_dtype_); }

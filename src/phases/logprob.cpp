@@ -341,7 +341,7 @@ LogProbReport run_logprob(const LogProbOptions& options, Communicator& comm)
                 << " is a reward model (it has no language-model head). Pass --model a causal language model");
         encoder.emplace(options.model, options.encoding, model->config());
     });
-    const LogProbAttributes attributes = attributes_of(options, input, model->engine().name(), *encoder);
+    const LogProbAttributes attributes = attributes_of(options, input, model->engine().numerics(), *encoder);
     const std::string journal_of = cat(options.iter, ".logprobs-", options.name);
     if (already_there(options, input, attributes, comm)) {
         agree(comm, "leftover journal", [&] {

@@ -143,6 +143,7 @@ class PairRmObjective final : public TrainingObjective {
     }
     std::int64_t engine_bytes() const override { return engine_->peak_allocated_bytes(); }
     std::string engine_description() const override { return engine_->description(); }
+    std::string numerics() const override { return engine_->numerics(); }
 
     ordered_json metrics(const StepSums& sums) const override
     {

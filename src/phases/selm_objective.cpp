@@ -67,7 +67,7 @@ void check_reference(const TrainOptions& options, const Rows& rows, const RowEnc
     compare(path, name, "choice of pairs", a.pairs_digest, rows.pairs_digest);
     if (a.engine != engine)
         SELM_LOG(warning, path << ": the log-probs '" << name << "' were made with engine " << a.engine
-                               << ", this run has " << engine << "; the first loss is log 2 only up to rounding");
+                               << ", this run multiplies with " << engine << "; the first loss is log 2 only up to rounding");
 }
 
 std::string digest_of(const IterationReader::LogProbs& log_probs)
@@ -254,7 +254,7 @@ SelmObjectiveParts make_selm_objective(const TrainOptions& options, Communicator
     agree(comm, "opening the policy", [&] {
         model = std::make_unique<DecoderTrainer>(options, false);
         encoder.emplace(options.policy, options.encoding, model->config());
-        check_reference(options, rows, *encoder, model->engine().name());
+        check_reference(options, rows, *encoder, model->engine().numerics());
     });
     auto objective = std::make_unique<SelmObjective>(options, parts.alpha, parts.beta, std::move(model),
                                                      std::move(*encoder), std::move(rows));

@@ -4,6 +4,7 @@
 #include <filesystem>
 #include <utility>
 
+#include "same_numerics.hpp"
 #include "selm/base/error.hpp"
 #include "selm/base/files.hpp"
 #include "selm/base/hash.hpp"
@@ -79,6 +80,8 @@ std::unique_ptr<SharedModel> SharedModel::from_directory(const std::string& dire
         elements = ResidentWeights::memory_elements(m.config, *m.engine, false, m.dtype);
     });
 
+    check_same_numerics(m.engine->numerics(), comm);
+
     // NodeSharedMemory fails alike on all ranks of a node; agree() is for the other nodes. Its collectives run over the
     // node's communicator, not over comm.
     m.node = comm.split_node("ranks that share the weights");
@@ -136,7 +139,7 @@ const std::string& SharedModel::digest() const
 
 std::string SharedModel::engine_key() const
 {
-    return cat(impl_->engine->name(), " ", impl_->dtype == DType::bf16 ? "bf16" : "fp32");
+    return cat(impl_->engine->numerics(), " ", impl_->dtype == DType::bf16 ? "bf16" : "fp32");
 }
 
 std::string model_digest(const std::string& directory)

@@ -4,6 +4,7 @@
 #include <optional>
 #include <utility>
 
+#include "same_numerics.hpp"
 #include "selm/base/error.hpp"
 #include "selm/base/hash.hpp"
 #include "selm/base/log.hpp"
@@ -50,6 +51,7 @@ std::unique_ptr<SharedPairModel> SharedPairModel::from_directory(const std::stri
         m.reader = std::make_unique<SafetensorsReader>(directory);
         elements = PairWeights::memory_elements(m.config, *m.engine, false);
     });
+    check_same_numerics(m.engine->numerics(), comm);
     m.digest = root_string(comm, "digest of the pair ranker", [&] { return pair_model_digest(directory); });
     m.node = comm.split_node("ranks that share the pair ranker's weights");
     agree(comm, "memory for the weights", [&] {
@@ -97,7 +99,7 @@ const std::string& SharedPairModel::digest() const
 
 std::string SharedPairModel::engine_key() const
 {
-    return cat(impl_->engine->name(), " ", impl_->dtype == DType::bf16 ? "bf16" : "fp32");
+    return cat(impl_->engine->numerics(), " ", impl_->dtype == DType::bf16 ? "bf16" : "fp32");
 }
 
 std::string pair_model_digest(const std::string& directory)

@@ -33,7 +33,7 @@ class SharedPairModel {
     PairModel& model() const;
     const UnigramTokenizer& tokenizer() const;
     const std::string& digest() const; ///< pair_model_digest(), computed on rank 0
-    std::string engine_key() const;    ///< "NAME DTYPE"
+    std::string engine_key() const;    ///< as SharedModel's
 
   private:
     struct Impl;

@@ -5,6 +5,7 @@
 
 #include "pairrm_objective.hpp"
 #include "reward_objective.hpp"
+#include "same_numerics.hpp"
 #include "selm/base/error.hpp"
 #include "selm/base/log.hpp"
 #include "selm/comm/agree.hpp"
@@ -86,6 +87,7 @@ TrainReport run_train(const TrainOptions& options, Communicator& comm)
         frozen_parameters(options.freeze, parts.objective->parameters());
         parts.objective->check_memory();
     });
+    check_same_numerics(parts.objective->numerics(), comm);
     const CheckpointBinding binding = binding_of(options, parts);
     TrainingOutput output(options.output, comm);
     if (const auto record = output.finished(binding)) {

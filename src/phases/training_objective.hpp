@@ -96,6 +96,7 @@ class TrainingObjective {
     virtual std::int64_t weight_bytes() const { return 0; }
     virtual CommTimes comm_times() const { return {}; }
     virtual std::string engine_description() const = 0;
+    virtual std::string numerics() const { return {}; } ///< Engine::numerics() of the passes; empty: plain loops
 
     /// The line of metrics.jsonl of a step, without what the loop adds; `sums` are global.
     virtual nlohmann::ordered_json metrics(const StepSums& sums) const = 0;

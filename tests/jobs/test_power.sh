@@ -24,14 +24,22 @@ cut() {
         if [ "$number" = first ]; then power_cut "${nodes[0]}"; else power_cut "${nodes[-1]}"; fi
     done
     # Where no two nodes are left, the job can only start again when they are back, which SLURM has to have missed first.
+    # Nor may it start within the second in which a node that came back is told to end the job's former start: SLURM's credentials
+    # count whole seconds, so such a node takes the new start for the old one and the controller ends the job ("Job credential revoked").
     if [ $# = 1 ]; then
         wait_until "restart of job $job" has_attempts "$run" $((attempts + 1))
     else
         wait_until "job $job to lose its nodes" job_waits "$job"
+        scontrol hold "$job"
     fi
     for number; do
         if [ "$number" = first ]; then power_on "${nodes[0]}"; else power_on "${nodes[-1]}"; fi
     done
+    if [ $# != 1 ]; then
+        all_nodes_back
+        sleep 2
+        scontrol release "$job"
+    fi
     wait_until "restart of job $job" has_attempts "$run" $((attempts + 1))
 }
 

@@ -87,6 +87,9 @@ class Engine {
   public:
     virtual ~Engine() = default;
     virtual std::string name() const = 0;        ///< "xsmm" | "aten"
+    /// Name, and "-bf16" where products take operands that were rounded to bf16: results of equal numerics may be mixed in one
+    /// file, others differ by more than the order of sums.
+    virtual std::string numerics() const { return name(); }
     virtual std::string description() const = 0; ///< name, library version, instruction set; for logs and provenance
     virtual Device device() const = 0;
     virtual DType activation_dtype() const = 0;

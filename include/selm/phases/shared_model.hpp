@@ -42,7 +42,7 @@ class SharedModel {
     void set_between_layers(std::function<void()> work);
     /// model_digest(directory()), computed on rank 0.
     const std::string& digest() const;
-    /// "NAME DTYPE": what a journal or a result is bound to besides the weights.
+    /// "NUMERICS DTYPE" (Engine::numerics): what a journal or a result is bound to besides the weights.
     std::string engine_key() const;
 
   private:

@@ -152,6 +152,14 @@ TEST_F(LogProb, ASecondRunIsComplete)
     EXPECT_NE(digest(path("iter.h5")), before);
 }
 
+TEST_F(LogProb, SaysWhatWasMultiplied)
+{
+    logprob_options_.common.dtype = "bf16";
+    run_logprob(logprob_options_, test_world());
+    const auto engine = make_engine(engine_options(logprob_options_.common, DType::bf16));
+    EXPECT_EQ(IterationReader(path("iter.h5")).logprobs(logprob_options_.name).attributes.engine, engine->numerics());
+}
+
 TEST_F(LogProb, StopsSavedAndGoesOnWithAnyNumberOfRanks)
 {
     LogProbOptions whole = logprob_options_;

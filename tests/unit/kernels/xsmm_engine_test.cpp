@@ -199,6 +199,13 @@ TEST_F(XsmmEngineTest, a_handle_on_panels_that_another_rank_packed)
     expect_same_bits(y_again, y, "shared panels");
 }
 
+TEST_F(XsmmEngineTest, numerics_tell_operands_apart)
+{
+    EXPECT_EQ(engine().numerics(), "xsmm");
+    const auto bf16 = make_engine({.engine = "xsmm", .products = DType::bf16});
+    EXPECT_EQ(bf16->numerics(), bf16->description().find("bf16 products") == std::string::npos ? "xsmm" : "xsmm-bf16");
+}
+
 // Weights that are bf16 numbers are stored as such (when no backward pass needs them): same bits from half the memory.
 TEST_F(XsmmEngineTest, bf16_weights_count_as_their_float_values)
 {
