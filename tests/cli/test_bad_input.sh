@@ -81,7 +81,8 @@ two 65 'text.h5' selm_inspect text.h5
 two 65 'cut.h5' selm_inspect cut.h5 --verify
 absent new.h5 new
 
-"$SELM_REFERENCE_PYTHON" - <<'PY'
+if [ -n "${SELM_REFERENCE_PYTHON:-}" ]; then
+    "$SELM_REFERENCE_PYTHON" - <<'PY'
 import shutil
 import h5py
 shutil.copy("iter.h5", "version.h5")
@@ -91,9 +92,12 @@ shutil.copy("iter.h5", "offsets.h5")
 with h5py.File("offsets.h5", "r+") as file:
     file["responses/chosen/text_offsets"][2] = 10**9
 PY
-two 65 '99' selm_inspect version.h5
-two 65 'version' selm_rank --iter version.h5 --ranker reward:reward "${small[@]}"
-two 65 'chosen' selm_inspect offsets.h5 --verify
+    two 65 '99' selm_inspect version.h5
+    two 65 'version' selm_rank --iter version.h5 --ranker reward:reward "${small[@]}"
+    two 65 'chosen' selm_inspect offsets.h5 --verify
+else
+    echo "not checked: files that h5py has changed (the build knows no SELM_REFERENCE_PYTHON)"
+fi
 
 # --- values that do not fit
 two 64 'portion' selm_gen --data prefs.h5 --policy policy --output new.h5 --portion 4 --portions 3 "${small[@]}"
@@ -116,10 +120,7 @@ two 65 'max.length' selm_train --iter iter.h5 --policy policy --output new --max
 two 65 'dtype' selm_train --iter iter.h5 --policy policy --output new --max-length 192 --max-prompt-length 96 --dtype bf16
 two 65 'digest|model' selm_train --iter iter.h5 --policy other --output new "${small[@]}"
 cp iter.h5 reranked.h5
-"$SELM_REFERENCE_PYTHON" -c '
-import json
-for row in range(6):
-    print(json.dumps({"row": row, "scores": [0, row, 3]}))' > scores.jsonl
+for row in 0 1 2 3 4 5; do echo "{\"row\": $row, \"scores\": [0, $row, 3]}"; done > scores.jsonl
 two 0 'complete' selm_rank --iter reranked.h5 --ranker file:scores.jsonl
 two 65 'pairs' selm_train --iter reranked.h5 --policy policy --output new "${small[@]}"
 absent new
