@@ -286,7 +286,7 @@ def parse(words, doc):
     parser.add_argument("--keep", metavar="DIR", help="inputs (imported rows, token ids, converted weights) are taken from here, and stay here")
     parser.add_argument("--deepspeed", action="store_true", help="train: also DeepSpeed's ZeRO-1 on CPU ranks (compiles its communication first)")
     parser.add_argument("--limit", type=float, default=3600, help="seconds of one repetition of one side; then it is ended and left out (3600)")
-    parser.add_argument("--tokens-per-microbatch", type=int, default=2048)
+    parser.add_argument("--tokens-per-microbatch", type=int, default=1024)
     parser.add_argument("--build", default=os.path.join(ROOT, "build", "release"))
     parser.add_argument("--model", default=os.path.join(ROOT, "build", "models", "smollm2"))
     parser.add_argument("--reward", default=os.path.join(ROOT, "build", "models", "smollm2-reward"))

@@ -37,10 +37,34 @@ SELM_BF16 void pair_rows(const float* from, std::int64_t from_stride, std::int64
         const bool has_second = row + 1 < rows;
         for (std::int64_t column = 0; column < columns; column += 16) {
             const __mmask16 lanes = first_lanes(columns - column);
-            const __m512i first = rounded(_mm512_maskz_loadu_ps(lanes, from + column));
-            const __m512 below =
+            const __m512 first = _mm512_maskz_loadu_ps(lanes, from + column);
+            const __m512 second =
                 has_second ? _mm512_maskz_loadu_ps(lanes, from + from_stride + column) : _mm512_setzero_ps();
-            _mm512_mask_storeu_epi32(to + column, lanes, _mm512_or_si512(first, _mm512_slli_epi32(rounded(below), 16)));
+            _mm512_mask_storeu_epi32(to + column, lanes, paired(first, second));
+        }
+    }
+}
+
+SELM_BF16 void pair_rows_transposed(const float* from, std::int64_t from_stride, std::int64_t rows, std::int64_t columns,
+                                    float* to, std::int64_t to_stride)
+{
+    for (std::int64_t row = 0; row < rows; row += 32) {
+        const __mmask16 pairs = first_lanes(pairs_of(rows - row));
+        for (std::int64_t column = 0; column < columns; column += 16) {
+            const __mmask16 lanes = first_lanes(columns - column);
+            __m512i block[16];
+            for (int pair = 0; pair < 16; ++pair) {
+                const std::int64_t first = row + 2 * pair;
+                const float* const values = from + first * from_stride + column;
+                block[pair] = first >= rows ? _mm512_setzero_si512()
+                                            : paired(_mm512_maskz_loadu_ps(lanes, values),
+                                                     first + 1 < rows ? _mm512_maskz_loadu_ps(lanes, values + from_stride)
+                                                                      : _mm512_setzero_ps());
+            }
+            transpose_16x16(block);
+            const int count = static_cast<int>(columns - column < 16 ? columns - column : 16);
+            for (int i = 0; i < count; ++i)
+                _mm512_mask_storeu_epi32(to + (column + i) * to_stride + row / 2, pairs, block[i]);
         }
     }
 }
@@ -62,6 +86,11 @@ void pair_columns(const float*, std::int64_t, std::int64_t, std::int64_t, float*
 }
 
 void pair_rows(const float*, std::int64_t, std::int64_t, std::int64_t, float*, std::int64_t)
+{
+    SELM_EXPECT(cpu_has_bf16());
+}
+
+void pair_rows_transposed(const float*, std::int64_t, std::int64_t, std::int64_t, float*, std::int64_t)
 {
     SELM_EXPECT(cpu_has_bf16());
 }

@@ -25,4 +25,8 @@ void pair_columns(const float* from, std::int64_t from_stride, std::int64_t rows
 void pair_rows(const float* from, std::int64_t from_stride, std::int64_t rows, std::int64_t columns, float* to,
                std::int64_t to_stride);
 
+/// The same pairs, turned round: to [columns][pairs_of(rows)].
+void pair_rows_transposed(const float* from, std::int64_t from_stride, std::int64_t rows, std::int64_t columns, float* to,
+                          std::int64_t to_stride);
+
 } // namespace selm::xsmm

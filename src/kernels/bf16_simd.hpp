@@ -30,6 +30,42 @@ SELM_BF16_INLINE __m512i rounded(__m512 values)
     return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(values));
 }
 
+/// Lane i: first[i] rounded to bf16 in the low half, second[i] in the high one.
+SELM_BF16_INLINE __m512i paired(__m512 first, __m512 second)
+{
+    alignas(64) static constexpr std::uint16_t order[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                            8,  24, 9,  25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(second, first);
+    return _mm512_permutexvar_epi16(_mm512_load_si512(order), both);
+}
+
+/// row[j] lane i = row[i] lane j before.
+SELM_BF16_INLINE void transpose_16x16(__m512i (&row)[16])
+{
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(row[i], row[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(row[i], row[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        row[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        row[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        row[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        row[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    // Now quarter q of row[4 k + c] is column 4 q + c of rows 4 k to 4 k + 3.
+    for (int c = 0; c < 4; ++c) {
+        const __m512i low = _mm512_shuffle_i32x4(row[c], row[4 + c], 0x88), high = _mm512_shuffle_i32x4(row[8 + c], row[12 + c], 0x88);
+        const __m512i low_odd = _mm512_shuffle_i32x4(row[c], row[4 + c], 0xdd), high_odd = _mm512_shuffle_i32x4(row[8 + c], row[12 + c], 0xdd);
+        t[c] = _mm512_shuffle_i32x4(low, high, 0x88);
+        t[8 + c] = _mm512_shuffle_i32x4(low, high, 0xdd);
+        t[4 + c] = _mm512_shuffle_i32x4(low_odd, high_odd, 0x88);
+        t[12 + c] = _mm512_shuffle_i32x4(low_odd, high_odd, 0xdd);
+    }
+    for (int i = 0; i < 16; ++i)
+        row[i] = t[i];
+}
+
 /// 2^x with relative error below 3e-7: a minimax polynomial of degree 5 on [-1/2, 1/2]. 0 far below -126; NaN and infinity
 /// give NaN.
 SELM_BF16_INLINE __m512 exp2(__m512 x)

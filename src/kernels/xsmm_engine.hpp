@@ -123,7 +123,9 @@ class XsmmEngine final : public Engine {
     /// y[rows, outputs] = or += x[rows, inputs] times panels.
     struct PanelProduct {
         const float* x = nullptr;
-        std::int64_t x_stride = 0, rows = 0, inputs = 0, outputs = 0;
+        std::int64_t x_stride = 0;
+        const float* rounded_x = nullptr; ///< bf16 operands: x in pairs of neighbours, where it has been rounded already
+        std::int64_t rows = 0, inputs = 0, outputs = 0;
         Panels panels;
         std::int64_t panel_elements = 0; ///< from one panel to the next; 0: those of `inputs`
         float* y = nullptr;
@@ -138,12 +140,17 @@ class XsmmEngine final : public Engine {
     void multiply_linear(const Tensor& x_TK, const PackedWeight& w, const Tensor& y_TN, const float* bias,
                          bool accumulate);
 
-    /// dw[n][k] += sum over t of dy_transposed[n][t] * x[t][k], x given in column panels [ceil(K/nb)][rows][nb]. With bf16
-    /// operands dy_transposed and x_panels hold pairs of rows in the places of rows.
+    /// Operands of a weight gradient for some tokens; with bf16 operands pairs of rows are in the places of rows.
+    struct GradientBlock {
+        const float* dy_transposed = nullptr; ///< [N][rows]
+        const float* x_panels = nullptr;      ///< [ceil(K/nb)][rows][nb]
+        std::int64_t rows = 0;
+    };
+    /// dw[n][k] += sum over t of dy_transposed[n][t] * x[t][k], block by block: a tile of dw is read and written once for all
+    /// of them.
     struct WeightGradient {
-        const float* dy_transposed = nullptr;
-        std::int64_t dy_stride = 0, rows = 0, outputs = 0, inputs = 0;
-        const float* x_panels = nullptr;
+        std::span<const GradientBlock> blocks;
+        std::int64_t outputs = 0, inputs = 0;
         float* dw = nullptr;
         std::int64_t dw_stride = 0;
     };
@@ -266,16 +273,18 @@ class XsmmEngine final : public Engine {
     void finish_disentangled_backward(const DisentangledHead& head, const DisentangledGradients& to);
 
     /// Logits of some rows for some vocabulary columns; the tile's row stride is that of a whole tile.
-    void multiply_head_tile(const Tensor& h_RH, const PackedWeight& head, std::int64_t row, std::int64_t rows,
-                            std::int64_t column, std::int64_t columns, float* tile);
+    void multiply_head_tile(const Tensor& h_RH, const float* rounded, const PackedWeight& head, std::int64_t row,
+                            std::int64_t rows, std::int64_t column, std::int64_t columns, float* tile);
+    /// With bf16 operands: h in pairs of neighbours; else null.
+    const float* rounded_for_head(const Tensor& h_RH);
 
     GemmKernels kernels_;
     bool uses_avx2_ = false; ///< f32 panels are multiplied by the kernels of avx2_gemm.hpp, else by LIBXSMM's
     bool wants_bf16_ = false; ///< asked for
     bool uses_bf16_ = false;  ///< operands of products are bf16
     MemoryPool memory_;
-    Scratch expanded_, rounded_rows_, gradient_pairs_, x_panels_, dy_transposed_, score_tile_, output_tile_, keys_transposed_, backward_tiles_,
-        decode_scores_, logit_tile_, logit_gradient_, relative_blocks_, contents_, values_transposed_,
+    Scratch expanded_, rounded_rows_, x_panels_, dy_transposed_, score_tile_, output_tile_, keys_transposed_, backward_tiles_,
+        decode_scores_, logit_tile_, logit_gradient_, head_rows_, relative_blocks_, contents_, values_transposed_,
         content_to_position_, position_to_content_, relative_gradient_, position_gradient_, gradient_operands_;
     std::vector<KeyTile> key_tiles_;
     Scratch query_pairs_, weight_tile_;

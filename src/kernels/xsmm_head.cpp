@@ -3,6 +3,7 @@
 #include <limits>
 #include <vector>
 
+#include "bf16_rows.hpp"
 #include "selm/base/error.hpp"
 #include "simd.hpp"
 #include "xsmm_blocks.hpp"
@@ -77,11 +78,22 @@ void XsmmEngine::logits(const Tensor& h_RH, const PackedWeight& head, const Tens
     multiply_linear(h_RH, head, logits_RV, nullptr, false);
 }
 
-void XsmmEngine::multiply_head_tile(const Tensor& h_RH, const PackedWeight& head, std::int64_t row, std::int64_t rows,
-                                    std::int64_t column, std::int64_t columns, float* tile)
+const float* XsmmEngine::rounded_for_head(const Tensor& h_RH)
+{
+    if (!uses_bf16_)
+        return nullptr;
+    const std::int64_t pairs = pairs_of(h_RH.columns);
+    float* const rounded = head_rows_.get(h_RH.rows * pairs);
+    pair_columns(h_RH.f32(), h_RH.stride, h_RH.rows, h_RH.columns, rounded, pairs);
+    return rounded;
+}
+
+void XsmmEngine::multiply_head_tile(const Tensor& h_RH, const float* rounded, const PackedWeight& head, std::int64_t row,
+                                    std::int64_t rows, std::int64_t column, std::int64_t columns, float* tile)
 {
     multiply({.x = h_RH.row_f32(row),
               .x_stride = h_RH.stride,
+              .rounded_x = rounded == nullptr ? nullptr : rounded + row * pairs_of(head.inputs),
               .rows = rows,
               .inputs = head.inputs,
               .outputs = columns,
@@ -100,29 +112,28 @@ void XsmmEngine::head_log_probs(const Tensor& h_RH, const PackedWeight& head, st
     SELM_EXPECT(log_probs.size() == targets.size() && lse.size() == targets.size());
     check_targets(targets, vocabulary);
     float* const tile = logit_tile_.get(rows_per_sweep * columns_per_tile);
-    std::vector<RowState> states(static_cast<std::size_t>(std::min(rows, rows_per_sweep)));
+    const float* const rounded = rounded_for_head(h_RH);
+    std::vector<RowState> states(static_cast<std::size_t>(rows));
     const std::int64_t sweep_rows = even_block(rows, rows_per_sweep, rows_per_call);
-    for (std::int64_t sweep = 0; sweep < rows; sweep += sweep_rows) {
-        const std::int64_t count = std::min(sweep_rows, rows - sweep);
-        std::fill(states.begin(), states.end(), RowState{});
-        for (std::int64_t column = 0; column < vocabulary; column += columns_per_tile) {
-            const std::int64_t columns = std::min(columns_per_tile, vocabulary - column);
-            multiply_head_tile(h_RH, head, sweep, count, column, columns, tile);
-            for (std::int64_t row = 0; row < count; ++row) {
-                RowState& state = states[static_cast<std::size_t>(row)];
-                const std::int64_t target = targets[static_cast<std::size_t>(sweep + row)] - column;
+    for (std::int64_t column = 0; column < vocabulary; column += columns_per_tile) {
+        const std::int64_t columns = std::min(columns_per_tile, vocabulary - column);
+        for (std::int64_t sweep = 0; sweep < rows; sweep += sweep_rows) {
+            const std::int64_t count = std::min(sweep_rows, rows - sweep);
+            multiply_head_tile(h_RH, rounded, head, sweep, count, column, columns, tile);
+            for (std::int64_t i = 0; i < count; ++i) {
+                RowState& state = states[static_cast<std::size_t>(sweep + i)];
+                const std::int64_t target = targets[static_cast<std::size_t>(sweep + i)] - column;
                 if (target >= 0 && target < columns)
-                    state.target = tile[row * columns_per_tile + target];
-                add_logits(tile + row * columns_per_tile, columns, state);
+                    state.target = tile[i * columns_per_tile + target];
+                add_logits(tile + i * columns_per_tile, columns, state);
             }
         }
-        for (std::int64_t row = 0; row < count; ++row) {
-            const RowState& state = states[static_cast<std::size_t>(row)];
-            const double log_sum = static_cast<double>(state.max) + std::log(state.sum);
-            lse[static_cast<std::size_t>(sweep + row)] = static_cast<float>(log_sum);
-            log_probs[static_cast<std::size_t>(sweep + row)] =
-                static_cast<float>(static_cast<double>(state.target) - log_sum);
-        }
+    }
+    for (std::size_t row = 0; row < states.size(); ++row) {
+        const RowState& state = states[row];
+        const double log_sum = static_cast<double>(state.max) + std::log(state.sum);
+        lse[row] = static_cast<float>(log_sum);
+        log_probs[row] = static_cast<float>(static_cast<double>(state.target) - log_sum);
     }
 }
 
@@ -139,20 +150,27 @@ void XsmmEngine::head_log_probs_backward(const Tensor& h_RH, const PackedWeight&
     SELM_EXPECT(g.size() == targets.size());
     check_targets(targets, vocabulary);
     float* const tile = logit_tile_.get(rows_per_sweep * columns_per_tile);
-    float* const tile_transposed = logit_gradient_.get(rows_per_sweep * columns_per_tile);
-    const std::int64_t sweep_rows = even_block(rows, rows_per_sweep, rows_per_call);
-    for (std::int64_t sweep = 0; sweep < rows; sweep += sweep_rows) {
-        const std::int64_t count = std::min(sweep_rows, rows - sweep);
-        const auto row_span = [&](auto values) {
-            return values.subspan(static_cast<std::size_t>(sweep), static_cast<std::size_t>(count));
-        };
-        const std::int64_t gradient_rows = this->gradient_rows(count);
-        float* const h_panels = x_panels_.get((inputs + width - 1) / width * width * gradient_rows);
-        if (wants_weight_gradient)
-            make_column_panels(h_RH.row_f32(sweep), h_RH.stride, count, inputs, h_panels);
-        for (std::int64_t column = 0; column < vocabulary; column += columns_per_tile) {
-            const std::int64_t columns = std::min(columns_per_tile, vocabulary - column);
-            multiply_head_tile(h_RH, head, sweep, count, column, columns, tile);
+    const float* const rounded = rounded_for_head(h_RH);
+    const std::int64_t sweep_rows = even_block(rows, rows_per_sweep, rows_per_call), sweeps = (rows + sweep_rows - 1) / sweep_rows;
+    const std::int64_t block_rows = gradient_rows(sweep_rows), panels = (inputs + width - 1) / width * width * block_rows;
+    float* const h_panels = x_panels_.get(wants_weight_gradient ? sweeps * panels : 0);
+    float* const tiles_transposed = logit_gradient_.get(wants_weight_gradient ? sweeps * columns_per_tile * block_rows : 0);
+    std::vector<GradientBlock> blocks(wants_weight_gradient ? static_cast<std::size_t>(sweeps) : 0);
+    for (std::size_t i = 0; i < blocks.size(); ++i) {
+        const auto sweep = static_cast<std::int64_t>(i);
+        const std::int64_t row = sweep * sweep_rows, count = std::min(sweep_rows, rows - row);
+        make_column_panels(h_RH.row_f32(row), h_RH.stride, count, inputs, h_panels + sweep * panels);
+        blocks[i] = {tiles_transposed + sweep * columns_per_tile * block_rows, h_panels + sweep * panels, gradient_rows(count)};
+    }
+    // A tile's panels, and its part of the gradient, serve all rows before the next one is read from memory.
+    for (std::int64_t column = 0; column < vocabulary; column += columns_per_tile) {
+        const std::int64_t columns = std::min(columns_per_tile, vocabulary - column);
+        for (std::int64_t sweep = 0; sweep < sweeps; ++sweep) {
+            const std::int64_t row = sweep * sweep_rows, count = std::min(sweep_rows, rows - row);
+            const auto row_span = [&](auto values) {
+                return values.subspan(static_cast<std::size_t>(row), static_cast<std::size_t>(count));
+            };
+            multiply_head_tile(h_RH, rounded, head, row, count, column, columns, tile);
             differentiate_tile(tile, column, columns, row_span(targets), row_span(lse), row_span(g));
             multiply({.x = tile,
                       .x_stride = columns_per_tile,
@@ -161,21 +179,18 @@ void XsmmEngine::head_log_probs_backward(const Tensor& h_RH, const PackedWeight&
                       .outputs = inputs,
                       .panels = backward_panels(head).from(column * width),
                       .panel_elements = panel_numbers(vocabulary),
-                      .y = dh_RH.row_f32(sweep),
+                      .y = dh_RH.row_f32(row),
                       .y_stride = dh_RH.stride,
                       .accumulate = column > 0});
-            if (!wants_weight_gradient)
-                continue;
-            transpose_gradient(tile, columns_per_tile, count, columns, tile_transposed);
-            add_weight_gradient({.dy_transposed = tile_transposed,
-                                 .dy_stride = gradient_rows,
-                                 .rows = gradient_rows,
+            if (wants_weight_gradient)
+                transpose_gradient(tile, columns_per_tile, count, columns, tiles_transposed + sweep * columns_per_tile * block_rows);
+        }
+        if (wants_weight_gradient)
+            add_weight_gradient({.blocks = blocks,
                                  .outputs = columns,
                                  .inputs = inputs,
-                                 .x_panels = h_panels,
                                  .dw = dw_VH.row_f32(column),
                                  .dw_stride = dw_VH.stride});
-        }
     }
 }
 

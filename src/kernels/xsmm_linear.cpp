@@ -1,5 +1,7 @@
 #include <algorithm>
+#include <array>
 #include <bit>
+#include <span>
 
 #include "bf16_rows.hpp"
 #include "elementwise.hpp"
@@ -11,8 +13,9 @@
 namespace selm::xsmm {
 namespace {
 
-/// Tokens per block of a weight gradient, at most.
-constexpr std::int64_t tokens_per_block = 256;
+/// Of a weight gradient: tokens per block, at most, and blocks that are added to a tile one after the other while it stays in the L1
+/// cache; outputs of which dy is transposed at a time, so that it stays in the L2 cache.
+constexpr std::int64_t tokens_per_block = 256, blocks_at_once = 4, outputs_per_block = 256;
 
 std::int64_t panels_of(std::int64_t columns, std::int64_t width)
 {
@@ -245,30 +248,46 @@ void XsmmEngine::transpose_gradient(const float* from, std::int64_t from_stride,
         simd::transpose(from, from_stride, rows, columns, to, rows);
         return;
     }
-    float* const pairs = gradient_pairs_.get(pairs_of(rows) * columns);
-    pair_rows(from, from_stride, rows, columns, pairs, columns);
-    simd::transpose(pairs, columns, pairs_of(rows), columns, to, pairs_of(rows));
+    pair_rows_transposed(from, from_stride, rows, columns, to, pairs_of(rows));
 }
 
 void XsmmEngine::linear_backward_weight(const Tensor& dy_TN, const Tensor& x_TK, const Tensor& dw_NK)
 {
     const std::int64_t width = kernels_.panel_width(), outputs = dw_NK.rows, inputs = dw_NK.columns;
     SELM_EXPECT(dy_TN.rows == x_TK.rows && dy_TN.columns == outputs && x_TK.columns == inputs);
-    const std::int64_t block_tokens = even_block(x_TK.rows, tokens_per_block, 16);
-    for (std::int64_t token = 0; token < x_TK.rows; token += block_tokens) {
-        const std::int64_t tokens = std::min(block_tokens, x_TK.rows - token), rows = gradient_rows(tokens);
-        float* const x_panels = x_panels_.get(panels_of(inputs, width) * width * rows);
-        float* const dy_transposed = dy_transposed_.get(outputs * rows);
-        make_column_panels(x_TK.row_f32(token), x_TK.stride, tokens, inputs, x_panels);
-        transpose_gradient(dy_TN.row_f32(token), dy_TN.stride, tokens, outputs, dy_transposed);
-        add_weight_gradient({.dy_transposed = dy_transposed,
-                             .dy_stride = rows,
-                             .rows = rows,
-                             .outputs = outputs,
-                             .inputs = inputs,
-                             .x_panels = x_panels,
-                             .dw = dw_NK.f32(),
-                             .dw_stride = dw_NK.stride});
+    const std::int64_t block_tokens = even_block(x_TK.rows, tokens_per_block, 16), block_rows = gradient_rows(block_tokens);
+    const std::int64_t panel_columns = panels_of(inputs, width) * width;
+    std::array<GradientBlock, blocks_at_once> blocks;
+    for (std::int64_t begin = 0; begin < x_TK.rows; begin += blocks_at_once * block_tokens) {
+        const std::int64_t end = std::min(x_TK.rows, begin + blocks_at_once * block_tokens);
+        const std::int64_t count = (end - begin + block_tokens - 1) / block_tokens;
+        float* const x_panels = x_panels_.get(count * panel_columns * block_rows);
+        float* const dy_transposed = dy_transposed_.get(count * std::min(outputs, outputs_per_block) * block_rows);
+        const auto for_each_block = [&](const auto& prepare) {
+            for (std::int64_t i = 0; i < count; ++i) {
+                const std::int64_t token = begin + i * block_tokens;
+                prepare(blocks[static_cast<std::size_t>(i)], i, token, std::min(block_tokens, end - token));
+            }
+        };
+        for_each_block([&](GradientBlock& block, std::int64_t i, std::int64_t token, std::int64_t tokens) {
+            block.rows = gradient_rows(tokens);
+            float* const panels = x_panels + i * panel_columns * block_rows;
+            make_column_panels(x_TK.row_f32(token), x_TK.stride, tokens, inputs, panels);
+            block.x_panels = panels;
+        });
+        for (std::int64_t output = 0; output < outputs; output += outputs_per_block) {
+            const std::int64_t columns = std::min(outputs_per_block, outputs - output);
+            for_each_block([&](GradientBlock& block, std::int64_t i, std::int64_t token, std::int64_t tokens) {
+                float* const transposed = dy_transposed + i * columns * block_rows;
+                transpose_gradient(dy_TN.row_f32(token) + output, dy_TN.stride, tokens, columns, transposed);
+                block.dy_transposed = transposed;
+            });
+            add_weight_gradient({.blocks = std::span(blocks).first(static_cast<std::size_t>(count)),
+                                 .outputs = columns,
+                                 .inputs = inputs,
+                                 .dw = dw_NK.row_f32(output),
+                                 .dw_stride = dw_NK.stride});
+        }
     }
 }
 

@@ -153,14 +153,16 @@ void XsmmEngine::multiply_bf16(const PanelProduct& p)
     const std::int64_t width = kernels_.panel_width(), pairs = pairs_of(p.inputs);
     const std::int64_t panel_numbers = p.panel_elements == 0 ? this->panel_numbers(p.inputs) : p.panel_elements;
     const std::int64_t sweep_rows = even_block(p.rows, rows_per_sweep, rows_per_call);
-    float* const rounded = rounded_rows_.get(std::min(sweep_rows, p.rows) * pairs);
+    float* const rounded_here = p.rounded_x != nullptr ? nullptr : rounded_rows_.get(std::min(sweep_rows, p.rows) * pairs);
     GemmShape shape{.lda = narrow(width), .ldb = narrow(2 * pairs), .ldc = narrow(p.y_stride), .bf16 = true};
     shape.k = shape.ldb;
     shape.accumulate = p.accumulate || p.bias != nullptr;
     GemmKernel kernel;
     for (std::int64_t sweep = 0; sweep < p.rows; sweep += sweep_rows) {
         const std::int64_t count = std::min(sweep_rows, p.rows - sweep);
-        pair_columns(p.x + sweep * p.x_stride, p.x_stride, count, p.inputs, rounded, pairs);
+        const float* const rounded = p.rounded_x != nullptr ? p.rounded_x + sweep * pairs : rounded_here;
+        if (rounded_here != nullptr)
+            pair_columns(p.x + sweep * p.x_stride, p.x_stride, count, p.inputs, rounded_here, pairs);
         for (std::int64_t output = 0; output < p.outputs; output += width) {
             const float* const panel = p.panels.from(output / width * panel_numbers).pairs;
             for (std::int64_t row = 0; row < count; row += rows_per_call) {
@@ -183,20 +185,27 @@ void XsmmEngine::multiply_bf16(const PanelProduct& p)
 void XsmmEngine::add_weight_gradient(const WeightGradient& g)
 {
     const std::int64_t width = kernels_.panel_width(), numbers = uses_bf16_ ? 2 : 1; // per row of the operands
-    for (std::int64_t block = 0; block < g.outputs; block += outputs_per_block) {
-        const std::int64_t block_end = std::min(g.outputs, block + outputs_per_block);
+    for (std::int64_t outputs_begin = 0; outputs_begin < g.outputs; outputs_begin += outputs_per_block) {
+        const std::int64_t outputs_end = std::min(g.outputs, outputs_begin + outputs_per_block);
         for (std::int64_t input = 0; input < g.inputs; input += width) {
-            for (std::int64_t output = block; output < block_end; output += rows_per_call) {
-                const GemmKernel kernel = kernels_.find({.m = narrow(std::min(width, g.inputs - input)),
-                                                         .n = narrow(std::min(rows_per_call, block_end - output)),
-                                                         .k = narrow(numbers * g.rows),
-                                                         .lda = narrow(width),
-                                                         .ldb = narrow(numbers * g.dy_stride),
-                                                         .ldc = narrow(g.dw_stride),
-                                                         .accumulate = true,
-                                                         .bf16 = uses_bf16_});
-                kernel(g.x_panels + input * g.rows, g.dy_transposed + output * g.dy_stride,
-                       g.dw + output * g.dw_stride + input);
+            for (std::int64_t output = outputs_begin; output < outputs_end; output += rows_per_call) {
+                GemmShape shape{.m = narrow(std::min(width, g.inputs - input)),
+                                .n = narrow(std::min(rows_per_call, outputs_end - output)),
+                                .k = 0,
+                                .lda = narrow(width),
+                                .ldb = 0,
+                                .ldc = narrow(g.dw_stride),
+                                .accumulate = true,
+                                .bf16 = uses_bf16_};
+                GemmKernel kernel;
+                for (const GradientBlock& block : g.blocks) {
+                    if (shape.k != numbers * block.rows) {
+                        shape.k = shape.ldb = narrow(numbers * block.rows);
+                        kernel = kernels_.find(shape);
+                    }
+                    kernel(block.x_panels + input * block.rows, block.dy_transposed + output * block.rows,
+                           g.dw + output * g.dw_stride + input);
+                }
             }
         }
     }

@@ -21,11 +21,40 @@ ChatFormat chat_format(const std::string& directory, const std::string& name, co
     return name.empty() ? ChatFormat::recognise(directory, tokenizer) : ChatFormat::by_name(name);
 }
 
-/// Rows of one rank and what they cost.
+/// Rows of one rank or microbatch and what they cost.
 struct Share {
     std::vector<std::size_t> rows;
     std::int64_t load = 0;
 };
+
+/// Indices by descending cost; ties keep their order.
+std::vector<std::size_t> largest_first(std::span<const std::int64_t> costs)
+{
+    std::vector<std::size_t> order(costs.size());
+    std::iota(order.begin(), order.end(), std::size_t{0});
+    std::stable_sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) { return costs[a] > costs[b]; });
+    return order;
+}
+
+/// To the least loaded share; ties: the first of them.
+void add_to_least(std::vector<Share>& shares, std::size_t row, std::int64_t cost)
+{
+    Share& least = *std::min_element(shares.begin(), shares.end(),
+                                     [](const Share& a, const Share& b) { return a.load < b.load; });
+    least.rows.push_back(row);
+    least.load += cost;
+}
+
+/// Each share's rows, ascending.
+std::vector<std::vector<std::size_t>> rows_of(std::vector<Share> shares)
+{
+    std::vector<std::vector<std::size_t>> rows;
+    for (Share& share : shares) {
+        std::sort(share.rows.begin(), share.rows.end());
+        rows.push_back(std::move(share.rows));
+    }
+    return rows;
+}
 
 /// The move of a row from one share to another, or the exchange of two, that brings their loads closest. Index of no row: -1.
 struct Exchange {
@@ -172,42 +201,34 @@ PackedRow pack_row(std::int64_t position, const SequenceRow& sequences, const Wa
     return row;
 }
 
-std::vector<std::size_t> microbatch_ends(std::span<const std::int64_t> costs, std::int64_t budget)
+std::vector<std::vector<std::size_t>> microbatches(std::span<const std::int64_t> costs, std::int64_t budget)
 {
-    std::vector<std::size_t> ends;
-    std::int64_t sum = 0;
-    for (std::size_t i = 0; i < costs.size(); ++i) {
-        if (sum > 0 && sum + costs[i] > budget) {
-            ends.push_back(i);
-            sum = 0;
-        }
-        sum += costs[i];
+    const std::vector<std::size_t> order = largest_first(costs);
+    std::vector<Share> groups;
+    for (const std::size_t item : order) {
+        auto fits = std::find_if(groups.begin(), groups.end(), [&](const Share& group) { return group.load + costs[item] <= budget; });
+        if (fits == groups.end())
+            fits = groups.emplace(groups.end());
+        fits->rows.push_back(item);
+        fits->load += costs[item];
     }
-    if (!costs.empty())
-        ends.push_back(costs.size());
-    return ends;
+    std::vector<Share> even(groups.size());
+    for (const std::size_t item : order)
+        add_to_least(even, item, costs[item]);
+    if (std::all_of(even.begin(), even.end(), [&](const Share& group) { return group.rows.size() <= 1 || group.load <= budget; }))
+        groups = std::move(even);
+    std::stable_sort(groups.begin(), groups.end(), [](const Share& a, const Share& b) { return a.load > b.load; });
+    return rows_of(std::move(groups));
 }
 
 std::vector<std::vector<std::size_t>> balance_rows(std::span<const std::int64_t> costs, int ranks)
 {
     SELM_EXPECT(ranks >= 1);
-    std::vector<std::size_t> order(costs.size());
-    std::iota(order.begin(), order.end(), std::size_t{0});
-    std::stable_sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) { return costs[a] > costs[b]; });
     std::vector<Share> shares(static_cast<std::size_t>(ranks));
-    for (const std::size_t row : order) {
-        Share& least = *std::min_element(shares.begin(), shares.end(),
-                                         [](const Share& a, const Share& b) { return a.load < b.load; });
-        least.rows.push_back(row);
-        least.load += costs[row];
-    }
+    for (const std::size_t row : largest_first(costs))
+        add_to_least(shares, row, costs[row]);
     even_out(shares, costs);
-    std::vector<std::vector<std::size_t>> rows;
-    for (Share& share : shares) {
-        std::sort(share.rows.begin(), share.rows.end());
-        rows.push_back(std::move(share.rows));
-    }
-    return rows;
+    return rows_of(std::move(shares));
 }
 
 RowEncoder::RowEncoder(const std::string& directory, const EncodingOptions& options)

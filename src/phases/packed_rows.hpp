@@ -57,9 +57,13 @@ struct RowPair {
 /// have in common, so that it is the same whichever of them are computed.
 PackedRow pack_row(std::int64_t position, const SequenceRow& sequences, const WantedCandidates& wanted);
 
-/// Cuts [0, costs.size()) into consecutive groups of at most `budget` cost; an item above the budget is alone.
-/// @return ends of the groups, ascending; the last is costs.size() (none when there are no items).
-std::vector<std::size_t> microbatch_ends(std::span<const std::int64_t> costs, std::int64_t budget);
+/**
+ * @brief Groups of items of at most `budget` cost; an item above the budget is alone. As few groups as first-fit decreasing finds, of costs
+ * as even as longest-first makes them: ranks with as much work then begin their last passes, behind which gradients are
+ * reduced, at about the same time. A function of the costs and the budget alone.
+ * @return indices of each group, ascending; groups of the largest cost first (none when there are no items).
+ */
+std::vector<std::vector<std::size_t>> microbatches(std::span<const std::int64_t> costs, std::int64_t budget);
 
 /**
  * @brief Deals the rows of one global batch to ranks by their cost: largest first to the least loaded rank (ties: lower

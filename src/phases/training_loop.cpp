@@ -168,33 +168,30 @@ void TrainingLoop::accumulate(Step& step, std::vector<std::int64_t>& bad_rows)
     std::vector<std::int64_t> work;
     for (const std::int64_t row : step.rows)
         work.push_back(objective_.work(row));
-    std::vector<std::int64_t> rows;
-    std::vector<std::size_t> ends;
+    std::vector<std::vector<std::int64_t>> rows_of_pass;
     std::size_t passes = 1;
     const auto of_ranks = balance_rows(work, comm_.size());
     for (std::size_t rank = 0; rank < of_ranks.size(); ++rank) {
         std::vector<std::int64_t> tokens;
         for (const std::size_t i : of_ranks[rank])
             tokens.push_back(objective_.cost(step.rows[i]));
-        auto of_rank = microbatch_ends(tokens, options_.tokens_per_microbatch);
+        const auto groups = microbatches(tokens, options_.tokens_per_microbatch);
         const bool mine = rank == static_cast<std::size_t>(comm_.rank());
         if (mine || options_.zero >= 2)
-            passes = std::max(passes, of_rank.size());
-        if (!mine)
-            continue;
-        ends = std::move(of_rank);
-        for (const std::size_t i : of_ranks[rank])
-            rows.push_back(step.rows[i]);
+            passes = std::max(passes, groups.size());
+        for (std::size_t pass = 0; mine && pass < groups.size(); ++pass) {
+            rows_of_pass.emplace_back();
+            for (const std::size_t i : groups[pass])
+                rows_of_pass.back().push_back(step.rows[of_ranks[rank][i]]);
+        }
     }
+    rows_of_pass.resize(passes);
     const double scale = 1.0 / static_cast<double>(step.rows.size());
-    std::size_t begin = 0;
     gradient_.begin_step();
     for (std::size_t pass = 0; pass < passes; ++pass) {
-        const std::size_t end = pass < ends.size() ? ends[pass] : begin;
         gradient_.begin_pass(pass + 1 == passes);
-        objective_.accumulate(std::span(rows).subspan(begin, end - begin), scale, gradient_, step.sums, bad_rows);
+        objective_.accumulate(rows_of_pass[pass], scale, gradient_, step.sums, bad_rows);
         gradient_.end_pass();
-        begin = end;
     }
 }
 

@@ -57,7 +57,8 @@ unspoilt by_srun
 
 two=$(SELM_LAUNCHER=mpirun submit --nodes=2 --ntasks-per-node=1 "$job_script" --run by_mpirun)
 cut by_mpirun "$two" generate last
-expect 0 'requeued .restart 1.' cat "$(log_of "$two")" # by the script, before SLURM has noticed anything
+# By the script, where mpirun sees connections close as the node dies, else by SLURM.
+expect 0 'requeued .restart 1.|DUE TO NODE FAILURE' cat "$(log_of "$two")"
 cut by_mpirun "$two" train first last
 ends_as COMPLETED "$two"
 all_nodes_back

@@ -28,7 +28,7 @@ struct TrainOptions {
     std::string schedule = "cosine";
     double warmup_ratio = 0.1;
     std::int64_t global_batch = 256;       ///< rows per optimizer step
-    std::int64_t tokens_per_microbatch = 2048;
+    std::int64_t tokens_per_microbatch = 1024;
     std::int64_t epochs = 1;
     bool shuffle = true;
     double max_grad_norm = 0;              ///< 0: no clipping (the recipe's value)

@@ -1,6 +1,7 @@
 #include "packed_rows.hpp"
 
 #include <algorithm>
+#include <limits>
 #include <numeric>
 
 #include <gtest/gtest.h>
@@ -93,14 +94,35 @@ TEST(RowPair, WantsTheBestTheWorstAndTheGeneratedOne)
     EXPECT_EQ(wanted(1, 1, false), (WantedCandidates{false, true, false}));
 }
 
-TEST(MicrobatchEnds, KeepTheBudgetAndARowAboveItIsAlone)
+TEST(Microbatches, KeepTheBudgetAndARowAboveItIsAlone)
 {
-    using Ends = std::vector<std::size_t>;
-    EXPECT_EQ(microbatch_ends(std::vector<std::int64_t>{}, 10), Ends{});
-    EXPECT_EQ(microbatch_ends(std::vector<std::int64_t>{4, 6, 1}, 10), (Ends{2, 3}));
-    EXPECT_EQ(microbatch_ends(std::vector<std::int64_t>{4, 25, 1, 2}, 10), (Ends{1, 2, 4}));
-    EXPECT_EQ(microbatch_ends(std::vector<std::int64_t>{25, 25}, 10), (Ends{1, 2}));
-    EXPECT_EQ(microbatch_ends(std::vector<std::int64_t>{1, 1, 1}, 1), (Ends{1, 2, 3}));
+    using Groups = std::vector<std::vector<std::size_t>>;
+    const auto groups = [](std::vector<std::int64_t> costs) { return microbatches(costs, 10); };
+    EXPECT_EQ(groups({}), Groups{});
+    EXPECT_EQ(groups({1, 1, 1}), (Groups{{0, 1, 2}}));
+    EXPECT_EQ(groups({4, 25, 1, 2}), (Groups{{1}, {0, 2, 3}}));
+    EXPECT_EQ(groups({25, 30}), (Groups{{1}, {0}}));
+    EXPECT_EQ(groups({4, 6, 1}), (Groups{{1}, {0, 2}}));       // as even as two groups can be
+    EXPECT_EQ(groups({6, 4, 4, 3, 3}), (Groups{{0, 1}, {2, 3, 4}})); // longest first would need {0, 3} and {1, 2, 4}: 9 and 11
+    EXPECT_EQ(microbatches(std::vector<std::int64_t>{1, 1, 1}, 1), (Groups{{0}, {1}, {2}}));
+}
+
+TEST(Microbatches, EveryRowIsInOneAndTheLargestComeFirst)
+{
+    const auto costs = random_costs(500);
+    std::vector<int> seen(costs.size(), 0);
+    std::int64_t before = std::numeric_limits<std::int64_t>::max();
+    for (const auto& group : microbatches(costs, 2048)) {
+        std::int64_t load = 0;
+        for (const std::size_t row : group) {
+            ++seen[row];
+            load += costs[row];
+        }
+        EXPECT_TRUE(group.size() == 1 || load <= 2048);
+        EXPECT_LE(load, before);
+        before = load;
+    }
+    EXPECT_TRUE(std::all_of(seen.begin(), seen.end(), [](int count) { return count == 1; }));
 }
 
 class BalanceRows : public ::testing::TestWithParam<int> {};
