@@ -7,7 +7,8 @@ struct Shape {
     std::int64_t rows, vocabulary, hidden;
 };
 const std::vector<Shape> shapes = {{1, 1, 1},      {1, 99, 33},   {3, 99, 33},   {8, 64, 16},   {127, 99, 33},
-                                   {129, 100, 32}, {300, 99, 16}, {5, 3001, 64}, {2, 1000, 576}};
+                                   {129, 100, 32}, {300, 99, 16}, {5, 3001, 64}, {2, 1000, 576},
+                                   {1041, 301, 17}};
 
 /// Hidden states and weights that give logits of a few units, as a model's do.
 struct Problem {
