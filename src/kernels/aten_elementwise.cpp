@@ -273,6 +273,14 @@ void AtenEngine::gather_rows(const Tensor& x, std::span<const std::int64_t> inde
         view(out).copy_(at::index_select(view(x), 0, index_tensor(index, device_)));
 }
 
+void AtenEngine::convert(const Tensor& from, const Tensor& to)
+{
+    SELM_EXPECT(from.rows == to.rows && from.columns == to.columns);
+    const c10::InferenceMode no_autograd;
+    if (!to.empty())
+        view(to).copy_(view(from));
+}
+
 void AtenEngine::scatter_add_rows(const Tensor& d, std::span<const std::int64_t> index, const Tensor& x)
 {
     SELM_EXPECT(static_cast<std::int64_t>(index.size()) == d.rows && d.columns == x.columns && x.dtype == DType::f32);

@@ -68,6 +68,7 @@ class AtenEngine final : public Engine {
     void tanh(const Tensor& x) override;
     void tanh_backward(const Tensor& y, const Tensor& dy) override;
     void gather_rows(const Tensor& x, std::span<const std::int64_t> index, const Tensor& out) override;
+    void convert(const Tensor& from, const Tensor& to) override;
     void scatter_add_rows(const Tensor& d, std::span<const std::int64_t> index, const Tensor& x) override;
 
     void attention(const Tensor& qkv, const AttentionShape& shape, std::span<const Segment> segments, const Tensor& out,

@@ -321,6 +321,18 @@ void gather_rows(const Tensor& x, std::span<const std::int64_t> index, const Ten
     });
 }
 
+void convert(const Tensor& from, const Tensor& to)
+{
+    SELM_EXPECT(from.rows == to.rows && from.columns == to.columns && from.dtype != to.dtype);
+    const bool narrows = from.dtype == DType::f32;
+    for_rows("convert", from.rows, [&](std::int64_t row) {
+        if (narrows)
+            std::transform(from.row_f32(row), from.row_f32(row) + from.columns, to.bf16() + row * to.stride, to_bf16);
+        else
+            std::transform(from.bf16() + row * from.stride, from.bf16() + row * from.stride + from.columns, to.row_f32(row), from_bf16);
+    });
+}
+
 void scatter_add_rows(const Tensor& d, std::span<const std::int64_t> index, const Tensor& x)
 {
     SELM_EXPECT(d.rows == count_of(index.size()) && d.columns == x.columns);

@@ -70,6 +70,7 @@ void rope(const Tensor& qkv, const AttentionShape& shape, std::span<const std::i
 void swiglu(const Tensor& gate_up, const Tensor& a_TI);
 void swiglu_backward(const Tensor& gate_up, const Tensor& da_TI, const Tensor& a_TI);
 void gather_rows(const Tensor& x, std::span<const std::int64_t> index, const Tensor& out);
+void convert(const Tensor& from, const Tensor& to);
 void scatter_add_rows(const Tensor& d, std::span<const std::int64_t> index, const Tensor& x);
 
 } // namespace selm::elementwise

@@ -5,6 +5,7 @@
 #include <libxsmm_version.h>
 
 #include "avx2_gemm.hpp"
+#include "bf16_rows.hpp"
 #include "elementwise.hpp"
 #include "engines.hpp"
 #include "selm/base/error.hpp"
@@ -152,6 +153,16 @@ void XsmmEngine::tanh_backward(const Tensor& y, const Tensor& dy)
 void XsmmEngine::gather_rows(const Tensor& x, std::span<const std::int64_t> index, const Tensor& out)
 {
     elementwise::gather_rows(x, index, out);
+}
+
+void XsmmEngine::convert(const Tensor& from, const Tensor& to)
+{
+    if (uses_bf16_ && from.dtype == DType::f32 && to.dtype == DType::bf16 && to.columns % 2 == 0 && to.stride % 2 == 0) {
+        SELM_EXPECT(from.rows == to.rows && from.columns == to.columns);
+        pair_columns(from.f32(), from.stride, from.rows, from.columns, static_cast<float*>(to.data), to.stride / 2);
+        return;
+    }
+    elementwise::convert(from, to);
 }
 
 void XsmmEngine::scatter_add_rows(const Tensor& d, std::span<const std::int64_t> index, const Tensor& x)

@@ -39,6 +39,7 @@ class XsmmEngine final : public Engine {
     Device device() const override { return Device::cpu; }
     DType activation_dtype() const override { return DType::f32; }
     DType cache_dtype() const override { return uses_bf16_ ? DType::bf16 : DType::f32; }
+    DType saved_dtype() const override { return uses_bf16_ ? DType::bf16 : DType::f32; }
     bool row_invariant() const override { return kernels_.is_row_invariant(); }
 
     Tensor allocate(std::int64_t rows, std::int64_t columns, DType dtype) override;
@@ -77,6 +78,7 @@ class XsmmEngine final : public Engine {
     void tanh(const Tensor& x) override;
     void tanh_backward(const Tensor& y, const Tensor& dy) override;
     void gather_rows(const Tensor& x, std::span<const std::int64_t> index, const Tensor& out) override;
+    void convert(const Tensor& from, const Tensor& to) override;
     void scatter_add_rows(const Tensor& d, std::span<const std::int64_t> index, const Tensor& x) override;
 
     void attention(const Tensor& qkv, const AttentionShape& shape, std::span<const Segment> segments, const Tensor& out,

@@ -43,10 +43,18 @@ LayerActivations Decoder::Impl::activations(Buffer& x_in, LayerBuffers& buffers,
 {
     LayerActivations a;
     a.x_in = x_in.view(engine, tokens, config.hidden, DType::f32);
-    a.qkv = buffers.qkv.view(engine, tokens, config.qkv_width(), activation);
-    a.attended = buffers.attended.view(engine, tokens, config.heads * config.head_dim, activation);
     a.lse = buffers.lse.view(engine, config.heads, tokens, DType::f32);
-    a.gate_up = buffers.gate_up.view(engine, tokens, 2 * config.intermediate, activation);
+    const DType saved = engine.saved_dtype();
+    const bool apart = keep && saved != activation;
+    LayerBuffers& at_work = apart ? work : buffers;
+    a.qkv = at_work.qkv.view(engine, tokens, config.qkv_width(), activation);
+    a.attended = at_work.attended.view(engine, tokens, config.heads * config.head_dim, activation);
+    a.gate_up = at_work.gate_up.view(engine, tokens, 2 * config.intermediate, activation);
+    if (apart) {
+        a.saved_qkv = buffers.qkv.view(engine, tokens, a.qkv.columns, saved);
+        a.saved_attended = buffers.attended.view(engine, tokens, a.attended.columns, saved);
+        a.saved_gate_up = buffers.gate_up.view(engine, tokens, a.gate_up.columns, saved);
+    }
     a.x_mid = a.x_out = a.x_in;
     if (keep) {
         a.x_mid = buffers.x_mid.view(engine, tokens, config.hidden, DType::f32);
@@ -54,6 +62,24 @@ LayerActivations Decoder::Impl::activations(Buffer& x_in, LayerBuffers& buffers,
         a.rstd_mid = buffers.rstd_mid.view(engine, 1, tokens, DType::f32);
     }
     return a;
+}
+
+void Decoder::Impl::save(const LayerActivations& a)
+{
+    if (a.saved_qkv.data == nullptr)
+        return;
+    engine.convert(a.qkv, a.saved_qkv);
+    engine.convert(a.attended, a.saved_attended);
+    engine.convert(a.gate_up, a.saved_gate_up);
+}
+
+void Decoder::Impl::restore(const LayerActivations& a)
+{
+    if (a.saved_qkv.data == nullptr)
+        return;
+    engine.convert(a.saved_qkv, a.qkv);
+    engine.convert(a.saved_attended, a.attended);
+    engine.convert(a.saved_gate_up, a.gate_up);
 }
 
 Decoder::Impl::Attention Decoder::Impl::packed_attention(std::span<const Segment> segments, const Tensor& lse)
@@ -178,6 +204,8 @@ std::unique_ptr<Decoder::Pass> Decoder::forward(const PackedBatch& batch, bool k
         if (tokens > 0) {
             const LayerActivations& a = pass->layers[static_cast<std::size_t>(i)];
             d.forward_layer(w, a, batch.positions, d.packed_attention(batch.segments, a.lse));
+            if (keep_activations && i >= pass->recomputed)
+                d.save(a);
         }
         d.weights.release(i);
     }

@@ -116,8 +116,11 @@ void Decoder::backward(Pass& pass, const Tensor& d_hidden, GradientSink& gradien
         const LayerWeights& w = d.weights.layer(layer, WeightUse::backward);
         if (tokens > 0) {
             const LayerActivations& a = state.layers[static_cast<std::size_t>(layer)];
-            if (layer < state.recomputed)
+            if (layer < state.recomputed) {
                 d.forward_to_gate_up(w, a, state.batch.positions, d.packed_attention(state.batch.segments, a.lse));
+                d.save(a); // rounded as those of other layers
+            }
+            d.restore(a);
             backward.mlp(layer, a, w);
             backward.attention(layer, a, w);
         } else {

@@ -24,6 +24,9 @@ struct LayerActivations {
     Tensor rstd_mid; ///< f32 [1, T]
     Tensor gate_up;  ///< [T, 2I]
     Tensor x_out;    ///< f32 [T, H]
+    /// Of a kept pass where Engine::saved_dtype() differs: what qkv, attended and gate_up, which all layers share then, are
+    /// saved to and restored from.
+    Tensor saved_qkv, saved_attended, saved_gate_up;
 };
 
 struct LayerBuffers {
@@ -72,6 +75,8 @@ struct Decoder::Impl {
     /// The layer up to gate_up: all that backward needs.
     void forward_to_gate_up(const LayerWeights& w, const LayerActivations& a, std::span<const std::int32_t> positions,
                             const Attention& attention);
+    void save(const LayerActivations& a);
+    void restore(const LayerActivations& a);
     LayerActivations activations(Buffer& x_in, LayerBuffers& buffers, std::int64_t tokens, bool keep);
     Attention packed_attention(std::span<const Segment> segments, const Tensor& lse);
     /// hidden [R, H] = final norm of the given rows of x; x_selected and rstd are saved when not empty.

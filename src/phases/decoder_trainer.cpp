@@ -100,7 +100,7 @@ void DecoderTrainer::refresh(TrainingWeights& weights)
 std::int64_t DecoderTrainer::recomputed_layers(std::int64_t tokens, std::int64_t scored) const
 {
     if (options_.recompute == "auto")
-        return plan_recompute(config_, engine_->activation_dtype(), tokens, scored, options_.activation_bytes).layers;
+        return plan_recompute(config_, activation_types(*engine_), tokens, scored, options_.activation_bytes).layers;
     return options_.recompute == "layers" ? config_.layers : 0;
 }
 
@@ -143,7 +143,7 @@ void DecoderTrainer::check_activations(std::span<const std::int64_t> costs,
     if (options_.activation_bytes == 0 || costs.empty())
         return;
     const auto needed = [&](std::int64_t tokens) { // at most all of them are scored
-        return decoder_activation_bytes(config_, engine_->activation_dtype(), tokens, tokens, true,
+        return decoder_activation_bytes(config_, activation_types(*engine_), tokens, tokens, true,
                                         recomputed_layers(tokens, tokens));
     };
     const char* const less_kept = options_.recompute == "none" ? ", use --recompute auto" : "";

@@ -68,7 +68,7 @@ PhaseMemory generate_memory(const GenerateOptions& options, const DecoderConfig&
     memory.per_rank = {
         {"keys and values", static_cast<std::int64_t>(size_of(engine.cache_dtype())) * options.slots * keys_and_values},
         {"activations",
-         decoder_activation_bytes(policy, engine.activation_dtype(), options.slots + options.prefill_tokens, options.slots, false)},
+         decoder_activation_bytes(policy, activation_types(engine), options.slots + options.prefill_tokens, options.slots, false)},
         {"logits", float_bytes * options.slots * policy.vocabulary}};
     return memory;
 }
@@ -94,7 +94,7 @@ PhaseMemory rank_memory(const RankOptions& options, std::int64_t max_new_tokens,
         const DecoderConfig config = DecoderConfig::from_directory(spec.path);
         memory.per_node.emplace_back("weights of " + word, shared_weights(config, engine, options.common));
         memory.per_rank.emplace_back("activations of " + word,
-                                     decoder_activation_bytes(config, engine.activation_dtype(), tokens, candidates_per_row, false));
+                                     decoder_activation_bytes(config, activation_types(engine), tokens, candidates_per_row, false));
     }
     return memory;
 }
@@ -104,7 +104,7 @@ PhaseMemory logprob_memory(const LogProbOptions& options, std::int64_t max_new_t
 {
     const std::int64_t tokens = most_tokens(options.tokens_per_microbatch, options.encoding, max_new_tokens);
     return {"logprob",
-            {{"activations", decoder_activation_bytes(policy, engine.activation_dtype(), tokens, tokens, false)}},
+            {{"activations", decoder_activation_bytes(policy, activation_types(engine), tokens, tokens, false)}},
             {{"weights", shared_weights(policy, engine, options.common)}},
             {}};
 }
@@ -116,10 +116,10 @@ PhaseMemory train_memory(const TrainOptions& options, std::int64_t max_new_token
     const std::int64_t recomputed =
         options.recompute == "layers" ? policy.layers
         : options.recompute == "auto"
-            ? plan_recompute(policy, engine.activation_dtype(), tokens, tokens, options.activation_bytes).layers
+            ? plan_recompute(policy, activation_types(engine), tokens, tokens, options.activation_bytes).layers
             : 0;
     return training_memory(
-        options, decoder_activation_bytes(policy, engine.activation_dtype(), tokens, tokens, true, recomputed), policy,
+        options, decoder_activation_bytes(policy, activation_types(engine), tokens, tokens, true, recomputed), policy,
         engine, layout);
 }
 

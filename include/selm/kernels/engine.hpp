@@ -94,6 +94,8 @@ class Engine {
     virtual Device device() const = 0;
     virtual DType activation_dtype() const = 0;
     virtual DType cache_dtype() const { return activation_dtype(); } ///< of the keys and values in a KvCache
+    /// In which queries, keys, values, attention's output and the MLP's gate and up wait for the backward pass.
+    virtual DType saved_dtype() const { return activation_dtype(); }
     virtual bool row_invariant() const = 0;
 
     /// Uninitialised [rows, columns] on the engine's device; counted in allocated_bytes until its last handle goes.
@@ -159,6 +161,8 @@ class Engine {
     virtual void tanh_backward(const Tensor& y, const Tensor& dy) = 0;
     /// out[i] = x[index[i]]; indices may repeat.
     virtual void gather_rows(const Tensor& x, std::span<const std::int64_t> index, const Tensor& out) = 0;
+    /// to = from, both [T, N], of f32 or bf16; rounded to nearest even. They do not overlap.
+    virtual void convert(const Tensor& from, const Tensor& to) = 0;
     /// x[index[i]] += d[i] (x f32), in order of i.
     virtual void scatter_add_rows(const Tensor& d, std::span<const std::int64_t> index, const Tensor& x) = 0;
 

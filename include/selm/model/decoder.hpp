@@ -92,6 +92,14 @@ class Decoder {
     std::unique_ptr<Impl> impl_;
 };
 
+/// Of a pass's activations: while a layer computes, and of qkv, attended and gate_up until their backward.
+struct ActivationTypes {
+    ActivationTypes(DType both) : working(both), saved(both) {} // NOLINT: one type is the usual case
+    ActivationTypes(DType at_work, DType kept) : working(at_work), saved(kept) {}
+    DType working, saved;
+};
+ActivationTypes activation_types(const Engine& engine);
+
 /**
  * @brief Bytes that a pass with its backward takes from the engine, beside weights and gradients: `tokens` tokens, `scored`
  * scored rows.
@@ -100,8 +108,8 @@ class Decoder {
  * the memory: of several, one after another, it is the bytes of the most tokens and the most scored rows.
  * @param keep false: of a pass that saves nothing for backward. @param recomputed_layers as in Decoder::set_recompute.
  */
-std::int64_t decoder_activation_bytes(const DecoderConfig& config, DType activation, std::int64_t tokens, std::int64_t scored,
-                                      bool keep, std::int64_t recomputed_layers = 0);
+std::int64_t decoder_activation_bytes(const DecoderConfig& config, const ActivationTypes& types, std::int64_t tokens,
+                                      std::int64_t scored, bool keep, std::int64_t recomputed_layers = 0);
 
 struct RecomputePlan {
     std::int64_t layers = 0; ///< for Decoder::set_recompute
@@ -110,8 +118,8 @@ struct RecomputePlan {
 };
 
 /// The fewest recomputed layers with which a kept pass fits into `budget_bytes`.
-RecomputePlan plan_recompute(const DecoderConfig& config, DType activation, std::int64_t tokens, std::int64_t scored,
-                             std::int64_t budget_bytes);
+RecomputePlan plan_recompute(const DecoderConfig& config, const ActivationTypes& types, std::int64_t tokens,
+                             std::int64_t scored, std::int64_t budget_bytes);
 
 /// A work item of a decoding step: tokens of one sequence at consecutive positions.
 struct DecodeWork {

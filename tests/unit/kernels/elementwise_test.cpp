@@ -208,5 +208,28 @@ TEST_P(ElementwiseTest, rows_are_gathered_and_scattered)
 
 SELM_INSTANTIATE_ENGINES(ElementwiseTest);
 
+class ConvertTest : public EngineTest {};
+
+TEST_P(ConvertTest, rounds_to_nearest_even_and_expands_exactly)
+{
+    for (const std::int64_t columns : {1, 33, 48, 100}) {
+        Matrix x = random_matrix(7, columns, 1);
+        x(0, 0) = 1.00390625; // between 1 and 1.0078125: the even one
+        x(1, 0) = 1.01171875; // between 1.0078125 and 1.015625
+        x(2, 0) = -3.0e38;
+        const Tensor narrow = engine().allocate(7, columns, DType::bf16), wide = output(7, columns, 3);
+        engine().convert(tensor(x, 5), narrow);
+        engine().convert(narrow, wide);
+        Matrix expected = x;
+        for (double& value : expected.values)
+            value = static_cast<double>(bf16_to_float(float_to_bf16(static_cast<float>(value))));
+        EXPECT_EQ(expected(0, 0), 1.0);
+        EXPECT_EQ(expected(1, 0), 1.015625);
+        EXPECT_EQ(values(wide).values, expected.values) << columns;
+    }
+}
+
+SELM_INSTANTIATE_ENGINES_AND_BF16(ConvertTest);
+
 } // namespace
 } // namespace selm

@@ -16,7 +16,8 @@ using test::RecordingSink;
 using test::tiny_config;
 using test::TinyModel;
 using test::two_rows;
-using test::usable_engines;
+using test::engine_named;
+using test::usable_numerics;
 
 DecoderConfig four_layers(bool tied)
 {
@@ -59,7 +60,7 @@ Result step(TinyModel& model, const PackedBatch& batch, const std::set<std::int6
 
 TEST(Recompute, HasTheBitsOfSavedActivations)
 {
-    for (const std::string& engine : usable_engines()) {
+    for (const std::string& engine : usable_numerics()) {
         for (const bool tied : {true, false}) {
             TinyModel model(four_layers(tied), 1, engine);
             for (const auto& frozen : {std::set<std::int64_t>{}, {0, 2, 4, 7, 12, 13, 24}}) {
@@ -143,14 +144,14 @@ std::int64_t bytes_of_a_pass(const Shape& shape, const std::string& engine, std:
 
 TEST(ActivationBytes, AreWhatAPassTakes)
 {
-    for (const std::string& engine : usable_engines()) {
+    for (const std::string& engine : usable_numerics()) {
         for (const Shape& shape : shapes()) {
             const auto tokens = static_cast<std::int64_t>(shape.batch.tokens.size());
             const auto scored = static_cast<std::int64_t>(shape.batch.selected.size());
             for (std::int64_t layers = -1; layers <= shape.layers; ++layers) { // -1: a pass that keeps nothing
                 const std::int64_t recomputed = std::max<std::int64_t>(layers, 0);
                 const std::int64_t bytes =
-                    decoder_activation_bytes(config_of(shape), DType::f32, tokens, scored, layers >= 0, recomputed);
+                    decoder_activation_bytes(config_of(shape), activation_types(*engine_named(engine)), tokens, scored, layers >= 0, recomputed);
                 const std::int64_t taken = bytes_of_a_pass(shape, engine, recomputed, layers >= 0);
                 EXPECT_LE(taken, bytes) << engine << ", hidden " << shape.hidden << ", recomputed " << layers;
                 EXPECT_GE(static_cast<double>(taken), 0.95 * static_cast<double>(bytes))
@@ -169,7 +170,7 @@ TEST(ActivationBytes, DoNotGrowBeyondTheLargestMicrobatch)
         tokens = std::max(tokens, static_cast<std::int64_t>(batch.tokens.size()));
         scored = std::max(scored, static_cast<std::int64_t>(batch.targets.size()));
     }
-    for (const std::string& engine : usable_engines()) {
+    for (const std::string& engine : usable_numerics()) {
         for (const std::int64_t recomputed : {0, 2}) {
             TinyModel model(four_layers(true), 1, engine);
             model.decoder.set_recompute(recomputed);

@@ -48,9 +48,16 @@ struct TinyParameters {
     std::vector<Tensor> tensors;
 };
 
+/// Also "xsmm-bf16": operands of products in bf16, where the CPU multiplies them.
+inline std::unique_ptr<Engine> engine_named(const std::string& name)
+{
+    const bool bf16 = name == "xsmm-bf16";
+    return make_engine({.engine = bf16 ? "xsmm" : name, .products = bf16 ? DType::bf16 : DType::f32});
+}
+
 struct TinyModel {
     explicit TinyModel(const DecoderConfig& model, unsigned seed = 1, const std::string& engine_name = "aten")
-        : config(model), parameters(model, seed), engine(make_engine({.engine = engine_name})),
+        : config(model), parameters(model, seed), engine(engine_named(engine_name)),
           weights(config, *engine, parameters.tensors, {.dtype = DType::f32, .with_backward = true}),
           decoder(config, *engine, weights)
     {
@@ -78,6 +85,15 @@ inline std::vector<std::string> usable_engines()
         }
     }
     return engines;
+}
+
+/// As usable_engines(), and "xsmm-bf16" where the CPU multiplies bf16 numbers.
+inline std::vector<std::string> usable_numerics()
+{
+    std::vector<std::string> names = usable_engines();
+    if (names.front() == "xsmm" && engine_named("xsmm-bf16")->numerics() == "xsmm-bf16")
+        names.emplace_back("xsmm-bf16");
+    return names;
 }
 
 inline std::vector<std::int32_t> random_tokens(unsigned seed, std::size_t count, std::int64_t vocabulary = 53)
