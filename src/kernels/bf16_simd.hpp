@@ -24,12 +24,6 @@ SELM_BF16_INLINE __mmask16 first_lanes(std::int64_t count)
     return static_cast<__mmask16>(count >= 16 ? 0xffffu : count <= 0 ? 0u : (1u << count) - 1u);
 }
 
-/// 16 floats rounded to bf16, each in the low half of its lane.
-SELM_BF16_INLINE __m512i rounded(__m512 values)
-{
-    return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(values));
-}
-
 /// Lane i: first[i] rounded to bf16 in the low half, second[i] in the high one.
 SELM_BF16_INLINE __m512i paired(__m512 first, __m512 second)
 {
@@ -55,8 +49,10 @@ SELM_BF16_INLINE void transpose_16x16(__m512i (&row)[16])
     }
     // Now quarter q of row[4 k + c] is column 4 q + c of rows 4 k to 4 k + 3.
     for (int c = 0; c < 4; ++c) {
-        const __m512i low = _mm512_shuffle_i32x4(row[c], row[4 + c], 0x88), high = _mm512_shuffle_i32x4(row[8 + c], row[12 + c], 0x88);
-        const __m512i low_odd = _mm512_shuffle_i32x4(row[c], row[4 + c], 0xdd), high_odd = _mm512_shuffle_i32x4(row[8 + c], row[12 + c], 0xdd);
+        const __m512i low = _mm512_shuffle_i32x4(row[c], row[4 + c], 0x88);
+        const __m512i high = _mm512_shuffle_i32x4(row[8 + c], row[12 + c], 0x88);
+        const __m512i low_odd = _mm512_shuffle_i32x4(row[c], row[4 + c], 0xdd);
+        const __m512i high_odd = _mm512_shuffle_i32x4(row[8 + c], row[12 + c], 0xdd);
         t[c] = _mm512_shuffle_i32x4(low, high, 0x88);
         t[8 + c] = _mm512_shuffle_i32x4(low, high, 0xdd);
         t[4 + c] = _mm512_shuffle_i32x4(low_odd, high_odd, 0x88);

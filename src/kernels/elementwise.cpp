@@ -329,7 +329,8 @@ void convert(const Tensor& from, const Tensor& to)
         if (narrows)
             std::transform(from.row_f32(row), from.row_f32(row) + from.columns, to.bf16() + row * to.stride, to_bf16);
         else
-            std::transform(from.bf16() + row * from.stride, from.bf16() + row * from.stride + from.columns, to.row_f32(row), from_bf16);
+            std::transform(from.bf16() + row * from.stride, from.bf16() + row * from.stride + from.columns,
+                           to.row_f32(row), from_bf16);
     });
 }
 

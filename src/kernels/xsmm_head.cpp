@@ -151,7 +151,8 @@ void XsmmEngine::head_log_probs_backward(const Tensor& h_RH, const PackedWeight&
     check_targets(targets, vocabulary);
     float* const tile = logit_tile_.get(rows_per_sweep * columns_per_tile);
     const float* const rounded = rounded_for_head(h_RH);
-    const std::int64_t sweep_rows = even_block(rows, rows_per_sweep, rows_per_call), sweeps = (rows + sweep_rows - 1) / sweep_rows;
+    const std::int64_t sweep_rows = even_block(rows, rows_per_sweep, rows_per_call);
+    const std::int64_t sweeps = (rows + sweep_rows - 1) / sweep_rows;
     const std::int64_t block_rows = gradient_rows(sweep_rows), panels = (inputs + width - 1) / width * width * block_rows;
     float* const h_panels = x_panels_.get(wants_weight_gradient ? sweeps * panels : 0);
     float* const tiles_transposed = logit_gradient_.get(wants_weight_gradient ? sweeps * columns_per_tile * block_rows : 0);

@@ -206,7 +206,8 @@ std::vector<std::vector<std::size_t>> microbatches(std::span<const std::int64_t>
     const std::vector<std::size_t> order = largest_first(costs);
     std::vector<Share> groups;
     for (const std::size_t item : order) {
-        auto fits = std::find_if(groups.begin(), groups.end(), [&](const Share& group) { return group.load + costs[item] <= budget; });
+        auto fits = std::find_if(groups.begin(), groups.end(),
+                                 [&](const Share& group) { return group.load + costs[item] <= budget; });
         if (fits == groups.end())
             fits = groups.emplace(groups.end());
         fits->rows.push_back(item);
@@ -215,7 +216,8 @@ std::vector<std::vector<std::size_t>> microbatches(std::span<const std::int64_t>
     std::vector<Share> even(groups.size());
     for (const std::size_t item : order)
         add_to_least(even, item, costs[item]);
-    if (std::all_of(even.begin(), even.end(), [&](const Share& group) { return group.rows.size() <= 1 || group.load <= budget; }))
+    if (std::all_of(even.begin(), even.end(),
+                    [&](const Share& group) { return group.rows.size() <= 1 || group.load <= budget; }))
         groups = std::move(even);
     std::stable_sort(groups.begin(), groups.end(), [](const Share& a, const Share& b) { return a.load > b.load; });
     return rows_of(std::move(groups));

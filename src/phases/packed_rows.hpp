@@ -58,9 +58,9 @@ struct RowPair {
 PackedRow pack_row(std::int64_t position, const SequenceRow& sequences, const WantedCandidates& wanted);
 
 /**
- * @brief Groups of items of at most `budget` cost; an item above the budget is alone. As few groups as first-fit decreasing finds, of costs
- * as even as longest-first makes them: ranks with as much work then begin their last passes, behind which gradients are
- * reduced, at about the same time. A function of the costs and the budget alone.
+ * @brief Groups of items of at most `budget` cost; an item above the budget is alone. As few groups as first-fit decreasing
+ * finds, of costs as even as longest-first makes them: ranks with as much work then begin their last passes, behind which
+ * gradients are reduced, at about the same time. A function of the costs and the budget alone.
  * @return indices of each group, ascending; groups of the largest cost first (none when there are no items).
  */
 std::vector<std::vector<std::size_t>> microbatches(std::span<const std::int64_t> costs, std::int64_t budget);
