@@ -16,7 +16,8 @@ class Point:
         self.bench, self.rows, self.tokens = bench, rows, tokens
         self.prefs = bench.imported(rows, f"prefs-{rows}.h5")
         self.prompts = bench.made(f"prompts-{rows}.jsonl",
-                                  lambda path: bench.python("encode", "prompts", "--model", bench.a.model, "--data", bench.data, "--rows", rows, "--output", path))
+                                  lambda path: bench.python("encode", "prompts", "--model", bench.a.model, "--data", bench.data, "--rows", rows, "--output", path,
+                                                           "--max-prompt-length", 1 << 20))  # selm_gen cuts no prompt
         with open(self.prompts) as file:
             self.lengths = [line.count(",") + 1 for line in file]
         self.reference_answers = None

@@ -24,10 +24,11 @@ def rank_work(bench):
     unranked, texts = bench.with_answers(rows)
     ranker = bench.made(f"pairrm-{layers}", lambda path: bench.python("pairrm", "make", "--model", path, "--layers", layers))
     ranks, noted = bench.a.ranks, f"pairrm-{layers}-{rows}"
+    mode = "blender" if rows >= 8 * ranks else "per-row"  # a block of 8 rows is one rank's: fewer rows are handed out one by one
 
     def ours(count):
         path = shutil.copy(unranked, bench.path(f"ranked-by-{count}.h5"))
-        done = bench.selm("selm_rank", "--iter", path, "--ranker", f"pairrm:{ranker}", "--rank-mode", "blender", "--pairrm-dtype", bench.a.dtype, ranks=count, memory=True)
+        done = bench.selm("selm_rank", "--iter", path, "--ranker", f"pairrm:{ranker}", "--rank-mode", mode, "--pairrm-dtype", bench.a.dtype, ranks=count, memory=True)
         found = figures(bench, path, "rank")
         logits, = take(found, "logits")
         sample = {"seconds": found["seconds"], "rows_per_s": rows / found["seconds"], "idle_share": found["idle_share"], "wall_s": done["wall_s"], "pss_bytes": done["pss_bytes"]}
@@ -53,7 +54,7 @@ def rank_work(bench):
     comparisons = [Comparison(phase, name, hf, "rows_per_s", 4 if bench.a.dtype == "fp32" else 2, peer_text="transformers DebertaV2 as LLM-Blender drives it"),
                    Comparison(phase, name, "", "roofline_share", peer_text="arithmetic peak x counted FLOPs"),
                    Comparison(phase, name, one, "rows_per_s", 1.9, peer_text="ours on 1 rank")]
-    notes = ["Batches of 8 padded rows, six passes; the same cuts on both sides. Logits agree as `largest_logit_difference` in the JSON file says."]
+    notes = [f"The peer: batches of {min(rows, 8)} padded rows, six passes. Ours: --rank-mode {mode}. Logits agree as `largest_logit_difference` in the JSON file says."]
     if layers != 24:
         notes.append("Fewer layers than PairRM's 24: cost is proportional to layers, but the encoding of the texts weighs more.")
     return Work("rank", f"PairRM (DeBERTa-v3-large, {size}, random weights) on {rows} rows of 3 candidates", "rows/s", "rows_per_s", chosen(contestants, bench),

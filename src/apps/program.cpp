@@ -257,7 +257,7 @@ void leave_mark(const char* variable)
 int run_with_mpi(int argc, char** argv, const ProgramSpec& spec, OptionTable& table, const OptionTable::Request& request,
                  const std::function<ExitCode(ProgramContext&)>& body)
 {
-    const MpiSession session(argc, argv);
+    const MpiSession session(argc, argv, spec.one_rank_works ? MpiStart::when_launched : MpiStart::always);
     Communicator& world = session.world(); // made together by all ranks: none is in MPI_Init any more
     if (world.is_root())
         leave_mark("SELM_START_FILE");

@@ -19,6 +19,7 @@ struct ProgramSpec {
     std::function<void()> validate;                  ///< after the values are set; may be empty
     std::string positional;                          ///< option that an argument without -- sets; may be empty
     std::string alone = {};                          ///< switch with which one process works, without MPI and Kokkos; may be empty
+    bool one_rank_works = false;                     ///< started by itself, not by a launcher, it runs without MPI
     std::string plans = {};                          ///< switch with which nothing is computed, so that ranks' places do not matter; may be empty
 };
 

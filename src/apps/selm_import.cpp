@@ -13,7 +13,8 @@ int main(int argc, char** argv)
         .example = "--input train.jsonl --output prefs.h5",
         .describe = [&](OptionVisitor& visitor) { options.describe(visitor); },
         .validate = [&] { options.validate(); },
-        .positional = {}};
+        .positional = {},
+        .one_rank_works = true};
     return apps::run_program(argc, argv, spec, [&](apps::ProgramContext& context) {
         const ImportReport report = run_import(options.own, context.world);
         if (context.world.is_root())

@@ -2,6 +2,9 @@
 
 #include <cstdlib>
 #include <exception>
+#include <string_view>
+
+#include <unistd.h>
 
 #include <mpi.h>
 
@@ -13,8 +16,24 @@
 
 namespace selm {
 
-MpiSession::MpiSession(int& argc, char**& argv)
+bool was_launched()
 {
+    for (char** variable = environ; *variable != nullptr; ++variable) {
+        const std::string_view name(*variable);
+        for (const std::string_view of_launchers : {"ALPS_", "FLUX_", "HYDI_", "HYDRA_", "JSM_", "MPI_", "MV2_", "OMPI_COMM_", "PALS_",
+                                                    "PMI", "PRTE_", "SLURM_PROCID", "SLURM_STEP"})
+            if (name.starts_with(of_launchers))
+                return true;
+    }
+    return false;
+}
+
+MpiSession::MpiSession(int& argc, char**& argv, MpiStart start) : with_mpi_(start == MpiStart::always || was_launched())
+{
+    if (!with_mpi_) {
+        world_ = make_single_communicator();
+        return;
+    }
     // A program that was started without mpirun is alone: Open MPI need not start its daemon for it (0.2 s). Others ignore this.
     ::setenv("OMPI_MCA_ess_singleton_isolated", "1", 0);
     int provided = MPI_THREAD_SINGLE;
@@ -34,12 +53,16 @@ MpiSession::~MpiSession()
     if (std::uncaught_exceptions() > 0)
         return;
     world_.reset();
+    if (!with_mpi_)
+        return;
     comm::end_watch();
     MPI_Finalize();
 }
 
 void MpiSession::abort(int exit_code) const
 {
+    if (!with_mpi_)
+        std::_Exit(exit_code);
     MPI_Abort(MPI_COMM_WORLD, exit_code);
     std::abort(); // MPI_Abort does not return; this tells the compiler
 }

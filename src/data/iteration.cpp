@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <set>
 
+#include "answer_blocks.hpp"
 #include "dataset_digest.hpp"
 #include "redistribute.hpp"
 #include "row_columns.hpp"
@@ -12,78 +13,6 @@
 namespace selm {
 
 namespace {
-
-std::vector<std::byte> pack(const GeneratedAnswer& answer)
-{
-    PayloadWriter out;
-    out.text(answer.text);
-    out.array(std::span<const std::int32_t>(answer.tokens));
-    out.array(std::span<const float>(answer.logprobs));
-    out.value(answer.finish_reason);
-    return out.bytes();
-}
-
-GeneratedAnswer unpack_answer(std::span<const std::byte> bytes)
-{
-    PayloadReader in(bytes);
-    GeneratedAnswer answer;
-    answer.text = in.text();
-    answer.tokens = in.array<std::int32_t>();
-    answer.logprobs = in.array<float>();
-    answer.finish_reason = in.value<FinishReason>();
-    return answer;
-}
-
-void check_answer(const GeneratedAnswer& answer)
-{
-    if (answer.tokens.size() != answer.logprobs.size())
-        throw internal_error(cat("the generated answer of row ", answer.row, " has ", answer.tokens.size(), " tokens and ",
-                                 answer.logprobs.size(), " log-probs"));
-    if (answer.finish_reason == FinishReason::none && !(answer.text.empty() && answer.tokens.empty()))
-        throw internal_error(cat("row ", answer.row, " has no generated answer, but a text of one"));
-    if (answer.finish_reason > FinishReason::none)
-        throw internal_error(cat("row ", answer.row, " has an unknown finish reason"));
-}
-
-/// The answers with positions instead of row keys.
-std::vector<std::pair<std::int64_t, std::vector<std::byte>>> pack_answers(const std::vector<std::int64_t>& rows,
-                                                                          const std::vector<GeneratedAnswer>& answers)
-{
-    std::map<std::int64_t, std::int64_t> position_of;
-    for (std::size_t i = 0; i < rows.size(); ++i)
-        if (!position_of.emplace(rows[i], static_cast<std::int64_t>(i)).second)
-            throw internal_error(cat("row ", rows[i], " is listed twice for one iteration file"));
-    std::vector<std::pair<std::int64_t, std::vector<std::byte>>> packed;
-    for (const GeneratedAnswer& answer : answers) {
-        check_answer(answer);
-        const auto found = position_of.find(answer.row);
-        if (found == position_of.end())
-            throw internal_error(cat("an answer was generated for row ", answer.row, ", which is not of this iteration file"));
-        packed.emplace_back(found->second, pack(answer));
-    }
-    return packed;
-}
-
-void write_generated(h5::File& file, const std::vector<GeneratedAnswer>& block)
-{
-    std::vector<std::string> texts;
-    std::vector<std::int32_t> tokens;
-    std::vector<std::int64_t> token_counts;
-    std::vector<float> logprobs;
-    std::vector<std::uint8_t> reasons;
-    for (const GeneratedAnswer& answer : block) {
-        texts.push_back(answer.text);
-        tokens.insert(tokens.end(), answer.tokens.begin(), answer.tokens.end());
-        token_counts.push_back(static_cast<std::int64_t>(answer.tokens.size()));
-        logprobs.insert(logprobs.end(), answer.logprobs.begin(), answer.logprobs.end());
-        reasons.push_back(static_cast<std::uint8_t>(answer.finish_reason));
-    }
-    file.write_texts("/responses/generated/text", texts);
-    file.write_blocks("/responses/generated/tokens", tokens);
-    file.write_offsets("/responses/generated/token_offsets", token_counts);
-    file.write_blocks("/responses/generated/logprobs", logprobs);
-    file.write_blocks("/responses/generated/finish_reason", reasons);
-}
 
 template<typename T, std::size_t N>
 std::vector<std::array<T, N>> as_arrays(const std::vector<T>& flat)
@@ -107,17 +36,9 @@ void write_iteration(const std::string& path, const PreferencesReader& prefs, co
                      const RankTiming& timing, Communicator& comm)
 {
     const auto n = static_cast<std::int64_t>(rows.size());
-    std::vector<std::pair<std::int64_t, std::vector<std::byte>>> packed;
-    agree(comm, "generated answers", [&] { packed = pack_answers(rows, answers); });
-    const auto payloads = to_blocks(n, std::move(packed), "generated answers", comm);
-    std::vector<GeneratedAnswer> block;
-    PreferenceColumns sources;
-    agree(comm, "rows of " + prefs.path(), [&] {
-        for (const auto& payload : payloads)
-            block.push_back(unpack_answer(payload));
-        for (std::int64_t i = block_begin(n, comm.size(), comm.rank()); i < block_begin(n, comm.size(), comm.rank() + 1); ++i)
-            sources.append(prefs.row(rows[static_cast<std::size_t>(i)]));
-    });
+    const auto begin = static_cast<std::size_t>(block_begin(n, comm.size(), comm.rank()));
+    const auto end = static_cast<std::size_t>(block_begin(n, comm.size(), comm.rank() + 1));
+    AnswerBlocks generated(rows, answers, comm);
     h5::write_and_publish(path, comm, [&](h5::File& file) {
         write_root_attributes(file, iteration_format, attributes.file);
         file.set_attribute("/", "iteration", attributes.iteration);
@@ -125,8 +46,8 @@ void write_iteration(const std::string& path, const PreferencesReader& prefs, co
         file.set_attribute("/", "portions", attributes.portions);
         file.set_attribute("/", "policy", attributes.policy);
         file.set_attribute("/", "policy_digest", attributes.policy_digest);
-        write_row_columns(file, sources);
-        write_generated(file, block);
+        prefs.copy_rows(file, std::span(rows).subspan(begin, end - begin), comm);
+        generated.write(file);
         write_timing(file, "generation", timing, comm);
         write_provenance(file, "generation", attributes.provenance, comm);
     });

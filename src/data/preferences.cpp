@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "row_columns.hpp"
+#include "scratch.hpp"
 #include "selm/comm/agree.hpp"
 #include "selm/h5/publish.hpp"
 
@@ -47,6 +48,14 @@ std::string TextColumn::text(std::int64_t row) const
 {
     SELM_EXPECT(row >= 0 && row < rows());
     return file_->read_text(path_, offsets_[static_cast<std::size_t>(row)], bytes(row));
+}
+
+std::size_t TextColumn::read(std::int64_t begin, std::int64_t end, std::byte* place) const
+{
+    SELM_EXPECT(begin >= 0 && begin <= end && end <= rows());
+    const std::int64_t first = offsets_[static_cast<std::size_t>(begin)], count = offsets_[static_cast<std::size_t>(end)] - first;
+    file_->read_into(path_, h5::ElementType::uint8, first, count, place);
+    return static_cast<std::size_t>(count);
 }
 
 RowColumns::RowColumns(const std::string& path, const std::string& format) : file(h5::File::open(path))
@@ -129,22 +138,111 @@ std::vector<std::string> RowColumns::ids() const
     return found;
 }
 
-void write_row_columns(h5::File& file, const PreferenceColumns& mine)
+namespace {
+
+/// The numbers of a rank's rows.
+struct RowNumbers {
+    std::span<const std::int64_t> keys, sources, message_counts;
+    std::span<const std::uint8_t> roles;
+    std::span<const double> scores; ///< [N, 2]
+};
+
+/**
+ * @brief Writes the datasets that both kinds of file share, in the order of their places in the file. Collective.
+ * @param texts (field) the bytes() and lengths() of this rank's texts; a field is a function from PreferenceColumns or RowColumns
+ * to its member. What it gives is written before it is called again.
+ */
+template<typename Texts>
+void write_rows(h5::File& file, const Texts& texts, const RowNumbers& numbers)
 {
-    const auto texts = [&](const std::string& path, const TextBlob& column) {
+    const auto write = [&](const std::string& path, const auto& field) {
+        const auto& column = texts(field);
         file.write_blocks(path, column.bytes());
         file.write_offsets(path + "_offsets", column.lengths());
     };
-    texts("/prompts/text", mine.prompt);
-    texts("/prompts/id", mine.id);
-    texts("/responses/chosen/text", mine.chosen);
-    texts("/responses/rejected/text", mine.rejected);
-    file.write_blocks("/prompts/row", mine.row_keys);
-    file.write_blocks("/prompts/row_source", mine.row_sources);
-    file.write_blocks("/prompts/messages/role", mine.roles);
-    texts("/prompts/messages/text", mine.message_text);
-    file.write_offsets("/prompts/messages/row_offsets", mine.message_counts);
-    file.write_blocks("/scores", mine.scores, {2});
+    write("/prompts/text", [](auto& columns) -> auto& { return columns.prompt; });
+    write("/prompts/id", [](auto& columns) -> auto& { return columns.id; });
+    write("/responses/chosen/text", [](auto& columns) -> auto& { return columns.chosen; });
+    write("/responses/rejected/text", [](auto& columns) -> auto& { return columns.rejected; });
+    file.write_blocks("/prompts/row", numbers.keys);
+    file.write_blocks("/prompts/row_source", numbers.sources);
+    file.write_blocks("/prompts/messages/role", numbers.roles);
+    write("/prompts/messages/text", [](auto& columns) -> auto& { return columns.message_text; });
+    file.write_offsets("/prompts/messages/row_offsets", numbers.message_counts);
+    file.write_blocks("/scores", numbers.scores, {2});
+}
+
+/// Rows [begin, end) that follow one another in a file, of messages or rows.
+struct Run {
+    std::int64_t begin = 0, end = 0;
+};
+
+/// Texts of runs of rows, read into memory that serves the next column too.
+class TextsOfRuns {
+  public:
+    void read(const TextColumn& column, const std::vector<Run>& runs)
+    {
+        lengths_.clear();
+        std::size_t total = 0;
+        for (const Run& run : runs)
+            for (std::int64_t i = run.begin; i < run.end; ++i) {
+                lengths_.push_back(column.bytes(i));
+                total += static_cast<std::size_t>(lengths_.back());
+            }
+        bytes_ = memory_.take(total);
+        std::byte* place = bytes_.data();
+        for (const Run& run : runs)
+            place += column.read(run.begin, run.end, place);
+    }
+    std::span<const std::uint8_t> bytes() const { return {reinterpret_cast<const std::uint8_t*>(bytes_.data()), bytes_.size()}; }
+    std::span<const std::int64_t> lengths() const { return lengths_; }
+
+  private:
+    Scratch memory_;
+    std::span<std::byte> bytes_;
+    std::vector<std::int64_t> lengths_;
+};
+
+} // namespace
+
+void write_row_columns(h5::File& file, const PreferenceColumns& mine)
+{
+    write_rows(file, [&](const auto& field) -> const TextBlob& { return field(mine); },
+               {.keys = mine.row_keys, .sources = mine.row_sources, .message_counts = mine.message_counts, .roles = mine.roles,
+                .scores = mine.scores});
+}
+
+void RowColumns::copy_rows(h5::File& target, std::span<const std::int64_t> rows, Communicator& comm) const
+{
+    std::vector<Run> runs, message_runs;
+    std::vector<std::int64_t> keys, sources, message_counts;
+    std::vector<std::uint8_t> role;
+    std::vector<double> score;
+    agree(comm, "rows of " + file.path(), [&] {
+        for (const std::int64_t row : rows) {
+            check_row(row);
+            const auto i = static_cast<std::size_t>(row);
+            const Run messages{message_offsets[i], message_offsets[i + 1]};
+            if (!runs.empty() && runs.back().end == row) {
+                runs.back().end = row + 1;
+                message_runs.back().end = messages.end;
+            } else {
+                runs.push_back({row, row + 1});
+                message_runs.push_back(messages);
+            }
+            keys.push_back(row_key[i]);
+            sources.push_back(row_source[i]);
+            message_counts.push_back(messages.end - messages.begin);
+            role.insert(role.end(), roles.begin() + messages.begin, roles.begin() + messages.end);
+            score.insert(score.end(), {scores[2 * i], scores[2 * i + 1]});
+        }
+    });
+    TextsOfRuns texts;
+    write_rows(target, [&](const auto& field) -> const TextsOfRuns& {
+        const TextColumn& column = field(*this);
+        agree(comm, "reading " + file.path(), [&] { texts.read(column, &column == &message_text ? message_runs : runs); });
+        return texts;
+    }, {.keys = keys, .sources = sources, .message_counts = message_counts, .roles = role, .scores = score});
 }
 
 std::string write_preferences(const std::string& path, PreferenceColumns mine, const FileAttributes& attributes, Communicator& comm)
@@ -206,6 +304,11 @@ std::vector<PreferenceRow> PreferencesReader::range(std::int64_t begin, std::int
     for (std::int64_t i = begin; i < end; ++i)
         found.push_back(row(i));
     return found;
+}
+
+void PreferencesReader::copy_rows(h5::File& target, std::span<const std::int64_t> rows, Communicator& comm) const
+{
+    columns_->copy_rows(target, rows, comm);
 }
 
 std::string PreferencesReader::id(std::int64_t i) const

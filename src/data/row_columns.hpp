@@ -1,5 +1,6 @@
 #pragma once
 
+#include <span>
 #include <string>
 #include <vector>
 
@@ -22,6 +23,8 @@ struct RowColumns {
     std::vector<Message> messages(std::int64_t i) const;
     std::int64_t message_bytes(std::int64_t i) const;
     std::vector<std::string> ids() const;
+    /// Writes those datasets to @p target: @p rows of the ranks, in rank order. Rows that follow one another are read at once. Collective.
+    void copy_rows(h5::File& target, std::span<const std::int64_t> rows, Communicator& comm) const;
 
     h5::File file;
     TextColumn prompt, id, message_text, chosen, rejected;

@@ -15,6 +15,7 @@ namespace selm::h5 {
 namespace {
 
 constexpr std::int64_t object_bytes = std::int64_t{4} << 10;    // more than the metadata of one object or attribute
+constexpr std::int64_t large_block_bytes = std::int64_t{4} << 20; // mean of a dataset's blocks: as large as file systems' stripes
 constexpr std::int64_t metadata_bytes = std::int64_t{32} << 10; // what HDF5 has at any time beyond what is counted
 
 } // namespace
@@ -147,8 +148,11 @@ void File::State::count_transfer(hid_t transfer)
 void File::State::write_round(const std::string& name, OpenDataset& target, std::int64_t first, std::int64_t count, const void* values)
 {
     const Id transfer(H5Pcreate(H5P_DATASET_XFER), H5Pclose);
-    if (parallel())
+    if (parallel()) {
         H5Pset_dxpl_mpio(transfer.get(), H5FD_MPIO_COLLECTIVE);
+        if (target.info.elements() * static_cast<std::int64_t>(bytes_of(target.info.type)) >= comm->size() * large_block_bytes)
+            H5Pset_dxpl_mpio_collective_opt(transfer.get(), H5FD_MPIO_INDIVIDUAL_IO);
+    }
     const Id in_memory = memory_space(count * target.info.row_elements());
     const Id in_file = row_selection(target.id.get(), target.info, first, count);
     const char nothing = 0;

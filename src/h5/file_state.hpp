@@ -54,7 +54,8 @@ struct File::State {
     Id open_object(const std::string& name) const;            ///< a group or dataset
 
     void count_transfer(hid_t transfer);
-    /// One collective transfer of @p count rows (possibly none on this rank).
+    /// One collective transfer of @p count rows (possibly none on this rank). Large blocks go to the file from where they lie;
+    /// small ones MPI-IO collects first, so that few ranks write large pieces.
     void write_round(const std::string& name, OpenDataset& target, std::int64_t first, std::int64_t count, const void* values);
 };
 

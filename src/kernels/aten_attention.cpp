@@ -163,6 +163,8 @@ void expect_span(const CachedSpan& span, const AtenKvCache& cache, std::int64_t 
     SELM_EXPECT(span.row_begin >= 0 && span.row_begin + span.count <= rows);
     SELM_EXPECT(span.position_begin >= 0 && span.position_begin + span.count <= cache.capacity());
     SELM_EXPECT(span.prefill ? span.position_begin % prefill_tile == 0 : span.count == 1);
+    SELM_EXPECT(span.prefix_slot < 0 || (span.prefill && span.position_begin > 0 && span.prefix_slot < cache.slots() &&
+                                         span.prefix_slot != span.slot));
 }
 
 } // namespace
@@ -248,6 +250,10 @@ void AtenEngine::attention_cached(const Tensor& qkv, const AttentionShape& shape
     for (const CachedSpan& span : spans) {
         const at::Tensor keys = store.keys(layer, span.slot);
         const at::Tensor values = store.values(layer, span.slot);
+        if (span.prefix_slot >= 0) {
+            keys.narrow(0, 0, span.position_begin).copy_(store.keys(layer, span.prefix_slot).narrow(0, 0, span.position_begin));
+            values.narrow(0, 0, span.position_begin).copy_(store.values(layer, span.prefix_slot).narrow(0, 0, span.position_begin));
+        }
         keys.narrow(0, span.position_begin, span.count).copy_(in.k.narrow(0, span.row_begin, span.count));
         values.narrow(0, span.position_begin, span.count).copy_(in.v.narrow(0, span.row_begin, span.count));
         for (std::int64_t begin = 0; begin < span.count; begin += prefill_tile) {

@@ -1,5 +1,6 @@
 #include "bf16_softmax.hpp"
 
+#include <algorithm>
 #include <limits>
 
 #include "bf16_simd.hpp"
@@ -62,7 +63,7 @@ SELM_BF16_INLINE void soften_row(const Bf16ScoreTile& tile, std::int64_t row, st
 
 SELM_BF16 void soften_rows(const Bf16ScoreTile& tile)
 {
-    std::int64_t visible = tile.is_diagonal ? 1 : tile.keys, head = 0;
+    std::int64_t visible = tile.is_diagonal ? std::min(tile.before + 1, tile.keys) : tile.keys, head = 0;
     for (std::int64_t row = 0; row < tile.rows; ++row) {
         soften_row(tile, row, visible);
         if (++head == tile.group) {

@@ -21,7 +21,8 @@ struct Bf16ScoreTile {
     std::int64_t stride = 0, rows = 0, group = 0;
     std::int64_t width = 0;   ///< columns of a row that are written, a multiple of 16
     std::int64_t keys = 0;    ///< valid ones among them
-    bool is_diagonal = false; ///< query i of the tile sees keys 0..i only
+    std::int64_t before = 0;  ///< diagonal: keys before the first query's own
+    bool is_diagonal = false; ///< query i of the tile sees keys 0..before + i only
     bool is_first = false;    ///< the states hold nothing yet
     float factor = 0;
     Bf16RowState* states = nullptr; ///< [rows]

@@ -52,7 +52,7 @@ void XsmmEngine::attend(const QueryTile& q, std::span<const KeyTile> tiles)
     for (const KeyTile& keys : tiles) {
         score_kernel(keys.keys_transposed, q.queries, scores);
         for (std::int32_t row = 0; row < q.rows; ++row) {
-            const std::int32_t visible = keys.is_diagonal ? std::min(row + 1, keys.keys) : keys.keys;
+            const std::int32_t visible = keys.is_diagonal ? std::min(q.before + row + 1, keys.keys) : keys.keys;
             const float factor = soften_row(scores + row * tile, visible, q.scale, states[row]);
             if (factor != 1.0f && !is_first)
                 scale_row(sums + row * q.head_dim, q.head_dim, factor);
@@ -77,11 +77,12 @@ void XsmmEngine::attend(const QueryTile& q, std::span<const KeyTile> tiles)
     }
 }
 
-void transpose_key_block(const float* keys, std::int64_t stride, std::int64_t count, std::int64_t head_dim, float* to)
+void transpose_key_block(const float* keys, std::int64_t stride, std::int64_t count, std::int64_t head_dim, float* to,
+                         std::int64_t first)
 {
-    simd::transpose(keys, stride, count, head_dim, to, tile);
-    for (std::int64_t d = 0; count < tile && d < head_dim; ++d)
-        std::fill(to + d * tile + count, to + (d + 1) * tile, 0.0f);
+    simd::transpose(keys, stride, count, head_dim, to + first, tile);
+    for (std::int64_t d = 0; first + count < tile && d < head_dim; ++d)
+        std::fill(to + d * tile + first + count, to + (d + 1) * tile, 0.0f);
 }
 
 void check_segments(std::span<const Segment> segments, std::int64_t tokens)

@@ -38,16 +38,17 @@ void gather_group(const float* from, std::int64_t stride, std::int64_t queries, 
 } // namespace
 
 void pack_key_block(const float* keys, std::int64_t stride, std::int64_t count, std::int64_t head_dim, float* scratch,
-                    float* to)
+                    float* to, std::int64_t first)
 {
     pair_columns(keys, stride, count, head_dim, scratch, head_dim / 2);
-    transpose_key_block(scratch, head_dim / 2, count, head_dim / 2, to);
+    transpose_key_block(scratch, head_dim / 2, count, head_dim / 2, to, first);
 }
 
-void pack_value_block(const float* values, std::int64_t stride, std::int64_t count, std::int64_t head_dim, float* to)
+void pack_value_block(const float* values, std::int64_t stride, std::int64_t count, std::int64_t head_dim, float* to,
+                      std::int64_t first)
 {
-    pair_rows(values, stride, count, head_dim, to, head_dim);
-    std::fill(to + pairs_of(count) * head_dim, to + half_tile * head_dim, 0.0f);
+    pair_rows(values, stride, count, head_dim, to + first / 2 * head_dim, head_dim);
+    std::fill(to + (first / 2 + pairs_of(count)) * head_dim, to + half_tile * head_dim, 0.0f);
 }
 
 void XsmmEngine::append_bf16_tiles(const float* keys, const float* values, std::int64_t blocks, std::int64_t positions,
@@ -62,13 +63,15 @@ void XsmmEngine::append_bf16_tiles(const float* keys, const float* values, std::
              .is_diagonal = false});
 }
 
-void XsmmEngine::append_bf16_diagonal(const float* keys, const float* values, std::int64_t count, std::int64_t head_dim)
+void XsmmEngine::append_bf16_diagonal(const float* keys, const float* values, std::int64_t count, std::int64_t head_dim,
+                                      std::int64_t before)
 {
     for (std::int64_t begin = 0; begin < count; begin += half_tile)
         bf16_key_tiles_.push_back({.keys = keys + begin,
                                    .values = values + begin / 2 * head_dim,
                                    .count = narrow(std::min<std::int64_t>(half_tile, count - begin)),
-                                   .first_query = narrow(begin),
+                                   .first_query = narrow(std::max<std::int64_t>(0, begin - before)),
+                                   .before = narrow(std::max<std::int64_t>(0, before - begin)),
                                    .is_diagonal = true});
 }
 
@@ -101,6 +104,7 @@ void XsmmEngine::attend_bf16(const Bf16QueryTile& q, std::span<const Bf16KeyTile
                      .group = q.group,
                      .width = keys.is_diagonal ? half_tile : rounded_up(keys.count, 16),
                      .keys = keys.count,
+                     .before = keys.before,
                      .is_diagonal = keys.is_diagonal,
                      .is_first = is_first,
                      .factor = q.scale * log2_e,

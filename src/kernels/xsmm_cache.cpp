@@ -105,7 +105,6 @@ void XsmmEngine::prefill_span(const Tensor& qkv, const AttentionShape& shape, co
     const auto& cache = static_cast<const XsmmKvCache&>(any_cache);
     const std::int64_t dim = shape.head_dim, group = shape.heads / shape.kv_heads;
     const std::int64_t positions = span.position_begin + span.count;
-    SELM_EXPECT(span.position_begin % prefill_tile == 0);
     for (std::int64_t kv = 0; kv < shape.kv_heads; ++kv) {
         const float* const key_blocks = cache.keys(layer, span.slot, kv);
         const float* const values = cache.values(layer, span.slot, kv);
@@ -114,19 +113,21 @@ void XsmmEngine::prefill_span(const Tensor& qkv, const AttentionShape& shape, co
             key_tiles_.push_back({.keys_transposed = key_blocks + begin * dim,
                                   .values = values + begin * dim,
                                   .keys = narrow(std::min<std::int64_t>(tile, positions - begin)),
-                                  .is_diagonal = begin >= span.position_begin});
-            if (begin < span.position_begin)
+                                  .is_diagonal = begin + tile > span.position_begin});
+            if (begin + tile <= span.position_begin)
                 continue;
-            const std::int64_t row = span.row_begin + begin - span.position_begin;
+            const std::int64_t first = std::max(begin, span.position_begin);
+            const std::int64_t row = span.row_begin + first - span.position_begin;
             for (std::int64_t head = kv * group; head < (kv + 1) * group; ++head)
                 attend({.queries = qkv.row_f32(row) + head * dim,
                         .out = out.row_f32(row) + head * dim,
                         .lse = nullptr,
-                        .rows = key_tiles_.back().keys,
+                        .rows = narrow(begin + key_tiles_.back().keys - first),
                         .head_dim = narrow(dim),
                         .query_stride = narrow(qkv.stride),
                         .value_stride = narrow(dim),
                         .out_stride = narrow(out.stride),
+                        .before = narrow(first - begin),
                         .scale = shape.scale},
                        key_tiles_);
             key_tiles_.back().is_diagonal = false;
@@ -146,6 +147,12 @@ void XsmmEngine::attention_cached(const Tensor& qkv, const AttentionShape& shape
         SELM_EXPECT(span.slot >= 0 && span.slot < cache.slots() && span.count >= 1 && span.position_begin >= 0);
         SELM_EXPECT(span.position_begin + span.count <= cache.capacity());
         SELM_EXPECT(span.row_begin >= 0 && span.row_begin + span.count <= qkv.rows);
+        SELM_EXPECT(!span.prefill || span.prefix_slot >= 0 || span.position_begin % prefill_tile == 0);
+        if (span.prefix_slot >= 0) {
+            SELM_EXPECT(span.prefill && span.prefix_slot < cache.slots() && span.prefix_slot != span.slot);
+            SELM_EXPECT(span.position_begin > 0 && span.position_begin % prefix_granularity() == 0);
+            own_cache->copy_prefix(layer, span.prefix_slot, span.slot, span.position_begin);
+        }
         if (uses_bf16_) {
             attend_span_bf16(qkv, shape, cache, layer, span, out);
             continue;

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cerrno>
 #include <cstddef>
 #include <cstdint>
@@ -25,7 +26,7 @@ class XsmmKvCache final : public KvCache {
     XsmmKvCache(std::int64_t layers, std::int64_t slots, std::int64_t capacity, const AttentionShape& shape,
                 bool is_bf16) :
         layers_(layers), slots_(slots), capacity_(capacity), kv_heads_(shape.kv_heads), head_dim_(shape.head_dim),
-        head_floats_((is_bf16 ? 1 : 2) * blocks_of(capacity) * tile * shape.head_dim)
+        pair_(is_bf16 ? 2 : 1), head_floats_(2 / pair_ * blocks_of(capacity) * tile * shape.head_dim)
     {
         SELM_EXPECT(layers >= 1 && slots >= 1 && capacity >= 1 && kv_heads_ >= 1 && head_dim_ >= 1);
         bytes_ = static_cast<std::size_t>(layers * slots * kv_heads_ * head_floats_) * sizeof(float) + 4096;
@@ -54,13 +55,27 @@ class XsmmKvCache final : public KvCache {
         return keys(layer, slot, kv_head) + head_floats_ / 2;
     }
 
+    /// The first positions (even) of a slot are those of another.
+    void copy_prefix(std::int64_t layer, std::int64_t from, std::int64_t to, std::int64_t positions) const
+    {
+        const std::int64_t rows = head_dim_ / pair_, whole = positions / tile * tile, rest = positions % tile;
+        for (std::int64_t kv = 0; kv < kv_heads_; ++kv) {
+            const float* const keys_from = keys(layer, from, kv);
+            float* const keys_to = keys(layer, to, kv);
+            std::copy_n(keys_from, whole * rows, keys_to);
+            for (std::int64_t row = 0; row < rows; ++row)
+                std::copy_n(keys_from + whole * rows + row * tile, rest, keys_to + whole * rows + row * tile);
+            std::copy_n(values(layer, from, kv), positions / pair_ * head_dim_, values(layer, to, kv));
+        }
+    }
+
     bool fits(const AttentionShape& shape, std::int64_t layer) const
     {
         return shape.kv_heads == kv_heads_ && shape.head_dim == head_dim_ && layer >= 0 && layer < layers_;
     }
 
   private:
-    std::int64_t layers_, slots_, capacity_, kv_heads_, head_dim_, head_floats_;
+    std::int64_t layers_, slots_, capacity_, kv_heads_, head_dim_, pair_, head_floats_;
     std::size_t bytes_ = 0;
     float* data_ = nullptr;
 };

@@ -40,7 +40,6 @@ void XsmmEngine::attend_span_bf16(const Tensor& qkv, const AttentionShape& shape
     const auto& cache = static_cast<const XsmmKvCache&>(any_cache);
     const std::int64_t dim = shape.head_dim, group = shape.heads / shape.kv_heads, block_pairs = tile * dim / 2;
     SELM_EXPECT(dim % 2 == 0 && shape.scale > 0);
-    SELM_EXPECT(!span.prefill || span.position_begin % prefill_tile == 0);
     float* const scratch = keys_transposed_.get(block_pairs);
     for (std::int64_t kv = 0; kv < shape.kv_heads; ++kv) {
         float* const keys = cache.keys(layer, span.slot, kv);
@@ -50,17 +49,18 @@ void XsmmEngine::attend_span_bf16(const Tensor& qkv, const AttentionShape& shape
             const float* const row = qkv.row_f32(span.row_begin + i);
             write_position(row + key_column, row + value_column, span.position_begin + i, dim, keys, values, scratch);
         }
-        for (std::int64_t begin = 0; span.prefill && begin < span.count; begin += tile) {
+        for (std::int64_t begin = 0, count = 0; span.prefill && begin < span.count; begin += count) {
             const std::int64_t block = (span.position_begin + begin) / tile;
-            const std::int64_t count = std::min<std::int64_t>(tile, span.count - begin);
+            const std::int64_t before = (span.position_begin + begin) % tile; // a copied prefix
+            count = std::min<std::int64_t>(tile - before, span.count - begin);
             const Tensor rows = qkv.slice_rows(span.row_begin + begin, count);
             float* const block_keys = keys + block * block_pairs;
             float* const block_values = values + block * block_pairs;
-            pack_key_block(rows.f32() + key_column, qkv.stride, count, dim, scratch, block_keys);
-            pack_value_block(rows.f32() + value_column, qkv.stride, count, dim, block_values);
+            pack_key_block(rows.f32() + key_column, qkv.stride, count, dim, scratch, block_keys, before);
+            pack_value_block(rows.f32() + value_column, qkv.stride, count, dim, block_values, before);
             bf16_key_tiles_.clear();
             append_bf16_tiles(keys, values, block, block * tile, dim);
-            append_bf16_diagonal(block_keys, block_values, count, dim);
+            append_bf16_diagonal(block_keys, block_values, before + count, dim, before);
             attend_bf16({.from = rows.f32() + kv * group * dim,
                          .out = out.row_f32(span.row_begin + begin) + kv * group * dim,
                          .queries = count,

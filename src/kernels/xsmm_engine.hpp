@@ -40,6 +40,7 @@ class XsmmEngine final : public Engine {
     DType activation_dtype() const override { return DType::f32; }
     DType cache_dtype() const override { return uses_bf16_ ? DType::bf16 : DType::f32; }
     DType saved_dtype() const override { return uses_bf16_ ? DType::bf16 : DType::f32; }
+    std::int64_t prefix_granularity() const override { return 2; } // values lie in pairs
     bool row_invariant() const override { return kernels_.is_row_invariant(); }
 
     Tensor allocate(std::int64_t rows, std::int64_t columns, DType dtype) override;
@@ -178,6 +179,7 @@ class XsmmEngine final : public Engine {
         float* out = nullptr;
         float* lse = nullptr; ///< may be null
         std::int32_t rows = 0, head_dim = 0, query_stride = 0, value_stride = 0, out_stride = 0;
+        std::int32_t before = 0; ///< keys of the diagonal tile before the first query's own
         float scale = 0;
     };
     void attend(const QueryTile& queries, std::span<const KeyTile> tiles);
@@ -199,7 +201,8 @@ class XsmmEngine final : public Engine {
         const float* values = nullptr; ///< pairs of keys, rows of D
         std::int32_t count = 0;        ///< valid keys, at most two blocks
         std::int32_t first_query = 0;  ///< earlier ones see none of the keys
-        bool is_diagonal = false;      ///< query first_query + i sees keys 0..i only
+        std::int32_t before = 0;       ///< diagonal: keys before the one of query first_query
+        bool is_diagonal = false;      ///< query first_query + i sees keys 0..before + i only
     };
     struct Bf16QueryTile {
         const float* from = nullptr; ///< the group's heads, side by side
@@ -211,7 +214,9 @@ class XsmmEngine final : public Engine {
     /// Appends blocks 0 .. blocks - 1 of a sequence of that many positions.
     void append_bf16_tiles(const float* keys, const float* values, std::int64_t blocks, std::int64_t positions,
                            std::int64_t head_dim);
-    void append_bf16_diagonal(const float* keys, const float* values, std::int64_t count, std::int64_t head_dim);
+    /// @param before keys of the block before the first query's own.
+    void append_bf16_diagonal(const float* keys, const float* values, std::int64_t count, std::int64_t head_dim,
+                              std::int64_t before = 0);
     void attend_bf16(const Bf16QueryTile& queries, std::span<const Bf16KeyTile> tiles);
     void attention_bf16(const Tensor& qkv, const AttentionShape& shape, std::span<const Segment> segments,
                         const Tensor& out, const Tensor& lse);

@@ -38,9 +38,9 @@ void DecodeSession::Impl::gather(std::span<const DecodeWork> work)
         const auto count = static_cast<std::int64_t>(item.tokens.size());
         SELM_EXPECT(count >= 1 && item.slot >= 0 && item.slot < cache->slots());
         SELM_EXPECT(item.position_begin >= 0 && item.position_begin + count <= cache->capacity());
-        SELM_EXPECT(item.prefill ? item.position_begin % prefill_tile == 0 : count == 1);
+        SELM_EXPECT(item.prefill ? item.prefix_slot >= 0 || item.position_begin % prefill_tile == 0 : count == 1);
         const auto row = static_cast<std::int64_t>(tokens.size());
-        spans.push_back({item.slot, row, count, item.position_begin, item.prefill});
+        spans.push_back({item.slot, row, count, item.position_begin, item.prefill, item.prefix_slot});
         tokens.insert(tokens.end(), item.tokens.begin(), item.tokens.end());
         for (std::int64_t i = 0; i < count; ++i)
             positions.push_back(static_cast<std::int32_t>(item.position_begin + i));

@@ -209,6 +209,7 @@ class Generator {
     std::int64_t ended() const { return ended_; }
     std::int64_t new_tokens() const { return batch_.new_tokens(); }
     std::int64_t prompt_tokens() const { return batch_.prompt_tokens(); }
+    std::int64_t copied_tokens() const { return batch_.copied_tokens(); }
     double busy_s() const { return busy_s_; } ///< in run(), without waiting for rows
     double first_token_s() const { return first_token_s_; } ///< since the process started; 0: there was none
 
@@ -217,6 +218,7 @@ class Generator {
     {
         return {.slots = slots,
                 .prefill_tokens = options_.prefill_tokens,
+                .prefix_granularity = options_.share_prefixes ? model_.engine().prefix_granularity() : 0,
                 .end_tokens = language_.end_tokens,
                 .sampling = {.temperature = options_.temperature, .top_p = options_.top_p, .top_k = options_.top_k},
                 .allowed_ids = std::min(language_.tokenizer.vocabulary_size(), model_.config().vocabulary),
@@ -298,13 +300,15 @@ class Generator {
 /// Sums of this run's counts over all ranks, into the report. Collective over comm.
 void add_up(GenerateReport& report, const Generator& generator, const RankTiming& timing, Communicator& comm)
 {
-    std::int64_t counts[] = {generator.rows(), generator.ended(), generator.prompt_tokens(), generator.new_tokens()};
+    std::int64_t counts[] = {generator.rows(), generator.ended(), generator.prompt_tokens(), generator.new_tokens(),
+                             generator.copied_tokens()};
     comm.all_reduce(std::span<std::int64_t>(counts), ReduceOp::sum, "counts of generation");
     report.generated_rows = counts[0];
     report.stopped_by_end = counts[1];
     report.stopped_by_length = counts[0] - counts[1];
     report.prompt_tokens = counts[2];
     report.new_tokens = counts[3];
+    report.copied_tokens = counts[4];
     constexpr double never = std::numeric_limits<double>::max();
     const double first = generator.first_token_s();
     report.first_token_s = all_reduce_value(comm, first > 0 ? first : never, ReduceOp::min, "time of the first token");

@@ -37,7 +37,7 @@ bool ContinuousBatch::empty() const
 
 bool ContinuousBatch::wants_row() const
 {
-    std::int64_t unread = 0; // whole tiles, as plan_prefill() counts them
+    std::int64_t unread = 0; // in whole tiles: however short a prompt is, its answer is work
     for (const auto& slot : slots_) {
         if (slot && slot->answer.tokens.empty())
             unread += round_up_to_tile(static_cast<std::int64_t>(slot->prompt.size()) - slot->prefilled);
@@ -88,19 +88,45 @@ void ContinuousBatch::plan_prefill()
     for (const std::size_t i : waiting) {
         Slot& slot = *slots_[i];
         const auto length = static_cast<std::int64_t>(slot.prompt.size());
-        while (budget > 0 && slot.prefilled < length) {
-            const std::int64_t count = std::min(prefill_tile, length - slot.prefilled);
+        auto [prefix, donor] = slot.prefilled == 0 ? find_prefix(i) : std::pair{std::int64_t{0}, std::size_t{0}};
+        while (prefix + slot.prefilled < length) {
+            // Tiles begin at multiples of prefill_tile: a prefix leaves the rest of its last one.
+            const std::int64_t begin = prefix + slot.prefilled;
+            const std::int64_t count = std::min(prefill_tile - begin % prefill_tile, length - begin);
+            if (count > budget)
+                return;
             work_.push_back({.slot = static_cast<std::int64_t>(i),
-                             .position_begin = slot.prefilled,
-                             .tokens = slot.prompt.subspan(static_cast<std::size_t>(slot.prefilled),
-                                                           static_cast<std::size_t>(count)),
+                             .position_begin = begin,
+                             .tokens = slot.prompt.subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(count)),
                              .prefill = true,
-                             .wants_logits = slot.prefilled + count == length});
-            slot.prefilled += count;
-            prompt_tokens_ += count;
-            budget -= prefill_tile; // a short last tile costs a whole one: the cap stays simple
+                             .wants_logits = begin + count == length,
+                             .prefix_slot = prefix > 0 ? static_cast<std::int64_t>(donor) : -1});
+            slot.prefilled = begin + count;
+            prompt_tokens_ += prefix + count;
+            copied_tokens_ += prefix;
+            budget -= count;
+            prefix = 0;
         }
     }
+}
+
+std::pair<std::int64_t, std::size_t> ContinuousBatch::find_prefix(std::size_t i) const
+{
+    std::pair<std::int64_t, std::size_t> best{0, 0};
+    const std::int64_t step = options_.prefix_granularity;
+    const auto& prompt = slots_[i]->prompt;
+    for (std::size_t j = 0; step > 0 && j < slots_.size(); ++j) {
+        if (j == i || !slots_[j] || slots_[j]->prefilled <= best.first)
+            continue;
+        // The last token of a prompt is always read: its logits are wanted.
+        const std::size_t most = std::min(prompt.size() - 1, static_cast<std::size_t>(slots_[j]->prefilled));
+        const auto end = std::mismatch(prompt.begin(), prompt.begin() + static_cast<std::ptrdiff_t>(most),
+                                       slots_[j]->prompt.begin()).first;
+        const std::int64_t common = (end - prompt.begin()) / step * step;
+        if (common > best.first)
+            best = {common, j};
+    }
+    return best;
 }
 
 bool ContinuousBatch::take_token(Slot& slot, std::span<const float> logits)

@@ -38,6 +38,11 @@ tiny=$SELM_TOOL_DIR/selm_tiny_model_tool
 "$tiny" other seed=3
 small=(--max-length 192 --max-prompt-length 96 --dtype fp32 --progress off)
 two 0 'imported 6 rows' selm_import --input "$sample" --rows 0:6 --output prefs.h5
+# Without a launcher, where the import needs no MPI: the same data, the same errors.
+digest=$(sed -n 's/^digest //p' <<<"$output")
+expect 0 "^digest $digest\$" timeout 60 "$bin/selm_import" --input "$sample" --rows 0:6 --output alone.h5
+expect 65 'nowhere' timeout 60 "$bin/selm_import" --input nowhere.jsonl --output new.h5
+rm -f alone.h5
 two 0 'complete' selm_gen --data prefs.h5 --policy policy --output iter.h5 --max-new-tokens 8 --on-long-prompt skip "${small[@]}"
 cp iter.h5 unranked.h5
 two 0 'complete' selm_rank --iter iter.h5 --ranker reward:reward "${small[@]}"

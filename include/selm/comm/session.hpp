@@ -6,13 +6,21 @@
 
 namespace selm {
 
+/// Whether a launcher (mpirun, srun, aprun, ...) started this process: it leaves variables in the environment. Where there
+/// is any doubt the answer is yes.
+bool was_launched();
+
+/// `when_launched`: for programs in which one rank works; by themselves they need no MPI, whose start takes 0.25 s.
+enum class MpiStart { always, when_launched };
+
 /**
  * @brief MPI for the life of main: MPI_Init_thread(FUNNELED), error handler MPI_ERRORS_RETURN, the logger's rank.
  * The destructor finalises, except while an exception unwinds (peers may be elsewhere): then the caller aborts.
+ * Without MPI the world is a single communicator.
  */
 class MpiSession {
   public:
-    MpiSession(int& argc, char**& argv);
+    MpiSession(int& argc, char**& argv, MpiStart start = MpiStart::always);
     ~MpiSession();
     MpiSession(const MpiSession&) = delete;
     MpiSession& operator=(const MpiSession&) = delete;
@@ -20,6 +28,7 @@ class MpiSession {
     [[noreturn]] void abort(int exit_code) const;
 
   private:
+    bool with_mpi_;
     std::unique_ptr<Communicator> world_;
 };
 

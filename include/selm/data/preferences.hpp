@@ -1,8 +1,10 @@
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <limits>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -42,6 +44,8 @@ class TextColumn {
     std::int64_t rows() const noexcept { return static_cast<std::int64_t>(offsets_.size()) - 1; }
     std::int64_t bytes(std::int64_t row) const { return offsets_[static_cast<std::size_t>(row) + 1] - offsets_[static_cast<std::size_t>(row)]; }
     std::string text(std::int64_t row) const;
+    /// Texts of rows [begin, end), one behind the other, to @p place. @returns their bytes.
+    std::size_t read(std::int64_t begin, std::int64_t end, std::byte* place) const;
     const std::vector<std::int64_t>& offsets() const noexcept { return offsets_; }
 
   private:
@@ -65,6 +69,9 @@ class PreferencesReader {
     std::int64_t rows() const noexcept;
     PreferenceRow row(std::int64_t i) const;                                    ///< @throws Error bad_data out of range
     std::vector<PreferenceRow> range(std::int64_t begin, std::int64_t end) const;
+    /// Writes the datasets of @p rows (each rank its own, in rank order) to a file that is being created by @p comm. Collective.
+    /// @throws Error bad_data on every rank: a row out of range, the file cannot be read.
+    void copy_rows(h5::File& target, std::span<const std::int64_t> rows, Communicator& comm) const;
     std::string id(std::int64_t i) const;
     std::string prompt(std::int64_t i) const;
     std::vector<Message> messages(std::int64_t i) const;

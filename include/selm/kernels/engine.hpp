@@ -69,6 +69,10 @@ struct CachedSpan {
     /// Prefill spans start at a multiple of prefill_tile of the sequence's own positions and use the tiled kernel; decode
     /// spans have count 1. So a token's arithmetic does not depend on what else is in the step.
     bool prefill = false;
+    /// Not -1: the sequence begins with the position_begin tokens (a multiple of prefix_granularity()) that the sequence in this
+    /// slot begins with, whose keys and values are in the cache, or come from an earlier span of this call: they are copied, and
+    /// the prefill span starts behind them.
+    std::int64_t prefix_slot = -1;
 };
 inline constexpr std::int64_t prefill_tile = 64;
 
@@ -97,6 +101,9 @@ class Engine {
     /// In which queries, keys, values, attention's output and the MLP's gate and up wait for the backward pass.
     virtual DType saved_dtype() const { return activation_dtype(); }
     virtual bool row_invariant() const = 0;
+    /// Tokens of a copied prefix (CachedSpan) come in multiples of so many: what follows then has the bits that reading the
+    /// prefix gives.
+    virtual std::int64_t prefix_granularity() const { return prefill_tile; }
 
     /// Uninitialised [rows, columns] on the engine's device; counted in allocated_bytes until its last handle goes.
     virtual Tensor allocate(std::int64_t rows, std::int64_t columns, DType dtype) = 0;
@@ -184,7 +191,7 @@ class Engine {
     /// Memory is reserved, not touched, until positions are written.
     virtual std::unique_ptr<KvCache> make_cache(std::int64_t layers, std::int64_t slots, std::int64_t capacity,
                                                 const AttentionShape& shape) = 0;
-    /// Writes this step's keys and values into the cache, then attends each token to its sequence up to itself.
+    /// Writes this step's keys and values into the cache, then attends each token to its sequence up to itself; span by span.
     virtual void attention_cached(const Tensor& qkv, const AttentionShape& shape, KvCache& cache, std::int64_t layer,
                                   std::span<const CachedSpan> spans, const Tensor& out) = 0;
 

@@ -124,10 +124,13 @@ RecomputePlan plan_recompute(const DecoderConfig& config, const ActivationTypes&
 /// A work item of a decoding step: tokens of one sequence at consecutive positions.
 struct DecodeWork {
     std::int64_t slot = 0;
-    std::int64_t position_begin = 0; ///< prefill: a multiple of prefill_tile
+    std::int64_t position_begin = 0; ///< prefill: a multiple of prefill_tile, or behind a prefix
     std::span<const std::int32_t> tokens;
     bool prefill = false;
     bool wants_logits = false; ///< of the last token
+    /// Not -1: the sequence begins with the position_begin tokens (see CachedSpan) of the sequence in this slot, which are read
+    /// already or by earlier works of the step: their keys and values are copied.
+    std::int64_t prefix_slot = -1;
 };
 
 /// Continuous-batching decoder state over a preallocated KV cache. For weights that are resident: which of them a step asks

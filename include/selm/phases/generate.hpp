@@ -27,6 +27,7 @@ struct GenerateOptions {
     std::int64_t top_k = 0;                ///< 0: off
     std::int64_t slots = 16;               ///< sequences decoded together per rank
     std::int64_t prefill_tokens = 256;     ///< of prompts read per step beside the decoding sequences
+    bool share_prefixes = true;            ///< what prompts begin with alike is read once (the data do not depend on it)
     std::string on_long_prompt = "stop";   ///< stop | skip
     std::string responses;                 ///< F.jsonl with answers made elsewhere, or "none"; empty: generate
     std::string stop_file;                 ///< polled on rank 0
@@ -42,6 +43,7 @@ struct GenerateReport {
     std::int64_t resumed_rows = 0;         ///< taken from the journal
     std::int64_t skipped_rows = 0;         ///< on_long_prompt = skip (stored with finish_reason 3)
     std::int64_t prompt_tokens = 0, new_tokens = 0; ///< of this run, all ranks
+    std::int64_t copied_tokens = 0;        ///< of the prompts' tokens: not computed, see share_prefixes
     std::int64_t stopped_by_end = 0, stopped_by_length = 0;
     double seconds = 0;                    ///< wall time, slowest rank
     double idle_fraction = 0;              ///< mean over ranks of idle / wall

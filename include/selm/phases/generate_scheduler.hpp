@@ -4,6 +4,7 @@
 #include <functional>
 #include <optional>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "selm/base/rng.hpp"
@@ -35,12 +36,18 @@ struct SampledAnswer {
  * An answer is a function of (prompt, max_new_tokens, model, sampling options, seed, iteration, row) alone where the
  * engine is row invariant: chunks of a prompt begin at multiples of prefill_tile of its own positions, decode steps
  * have one token, and random streams belong to rows. How many rows share a step, and which, does not matter.
+ *
+ * Prompts of chat models begin alike (the system message). What a prompt has in common with one that is in flight is not
+ * computed again: its keys and values are copied. They have the bits that reading it would have given.
  */
 class ContinuousBatch {
   public:
     struct Options {
         std::int64_t slots = 1;
         std::int64_t prefill_tokens = 256; ///< of prompts per step (rounded down to tiles, at least one tile)
+        /// A prompt that begins as another one in flight is read from where they part, rounded down to a multiple of this
+        /// (Engine::prefix_granularity); 0: every prompt is read whole.
+        std::int64_t prefix_granularity = 0;
         std::vector<std::int32_t> end_tokens;
         SamplingOptions sampling;
         std::int64_t allowed_ids = 0; ///< see Sampler
@@ -61,7 +68,8 @@ class ContinuousBatch {
     /// One model step (nothing when empty); answers that it finished, in order of slots.
     std::vector<SampledAnswer> step();
     std::int64_t new_tokens() const { return new_tokens_; }       ///< sampled so far
-    std::int64_t prompt_tokens() const { return prompt_tokens_; } ///< read so far
+    std::int64_t prompt_tokens() const { return prompt_tokens_; } ///< read so far, copied ones included
+    std::int64_t copied_tokens() const { return copied_tokens_; } ///< of those, taken from other prompts
 
   private:
     struct Slot {
@@ -75,6 +83,8 @@ class ContinuousBatch {
     };
     void plan();
     void plan_prefill();
+    /// Tokens that prompt @p i can take from another slot, and that slot; 0: none.
+    std::pair<std::int64_t, std::size_t> find_prefix(std::size_t i) const;
     bool take_token(Slot& slot, std::span<const float> logits); ///< true: the answer is complete
 
     Options options_;
@@ -82,7 +92,7 @@ class ContinuousBatch {
     Sampler sampler_;
     std::vector<std::optional<Slot>> slots_;
     std::vector<DecodeWork> work_; // of the step being planned
-    std::int64_t arrivals_ = 0, new_tokens_ = 0, prompt_tokens_ = 0;
+    std::int64_t arrivals_ = 0, new_tokens_ = 0, prompt_tokens_ = 0, copied_tokens_ = 0;
 };
 
 } // namespace selm

@@ -163,7 +163,8 @@ TEST(Iteration, EqualWhoeverGeneratedAndWroteIt)
     const SharedDirectory directory(comm);
     const std::string prefs = directory.path("prefs.h5");
     write_all(prefs, all_rows, comm);
-    for (const std::vector<std::int64_t>& rows : {std::vector<std::int64_t>{4, 5, 6, 7, 8, 11, 12}, std::vector<std::int64_t>{9}}) {
+    for (const std::vector<std::int64_t>& rows : {std::vector<std::int64_t>{4, 5, 6, 7, 8, 11, 12}, std::vector<std::int64_t>{9},
+                                                  std::vector<std::int64_t>{12, 3, 4, 9, 8}}) {
         const std::string all = write_iter(prefs, directory.path("all.h5"), rows, comm);
         EXPECT_EQ(all, root_string(comm, "one rank", [&] {
             const auto single = make_single_communicator();

@@ -87,6 +87,25 @@ TEST(ParallelFile, BlocksOfAllRanksInRankOrderAndReallyCollective)
     EXPECT_EQ(read.string_attribute("/t", "long").size(), 100000U);
 }
 
+TEST(ParallelFile, LargeBlocksAreCollectiveTooAndNotCollected)
+{
+    // From 4 MiB a rank on, blocks go to the file from where they lie; blocks of other lengths, one of them empty.
+    Communicator& comm = test_world();
+    const SharedDirectory directory(comm);
+    const std::int64_t bytes = std::int64_t{9} << 20;
+    std::vector<std::uint8_t> mine(static_cast<std::size_t>(comm.rank() == 1 ? 0 : bytes));
+    for (std::size_t i = 0; i < mine.size(); ++i)
+        mine[i] = static_cast<std::uint8_t>(i * 7 + i / 1000 + static_cast<std::size_t>(comm.rank()));
+    h5::File file = h5::File::create(directory.path("a.h5"), comm);
+    file.write_blocks("/large", mine);
+    const h5::TransferCount transfers = file.transfers();
+    file.close();
+    EXPECT_EQ(transfers.fallbacks, 0) << transfers.cause;
+    const h5::File read = h5::File::open(directory.path("a.h5"));
+    const std::int64_t first = comm.rank() > 1 ? (comm.rank() - 1) * bytes : 0;
+    EXPECT_EQ(read.read_rows<std::uint8_t>("/large", first, static_cast<std::int64_t>(mine.size())), mine);
+}
+
 TEST(ParallelFile, CopiesATree)
 {
     Communicator& comm = test_world();

@@ -1,3 +1,4 @@
+#include <cstdlib>
 #include <numeric>
 #include <vector>
 
@@ -5,6 +6,7 @@
 
 #include "selm/comm/agree.hpp"
 #include "selm/comm/communicator.hpp"
+#include "selm/comm/session.hpp"
 #include "selm/comm/stop_condition.hpp"
 
 namespace selm {
@@ -16,6 +18,20 @@ std::vector<std::byte> bytes(std::initializer_list<int> values)
     for (const int value : values)
         result.push_back(static_cast<std::byte>(value));
     return result;
+}
+
+TEST(Session, KnowsWhetherALauncherStartedIt)
+{
+    if (was_launched())
+        GTEST_SKIP() << "started by mpirun or in a batch job";
+    for (const char* variable : {"OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID", "PALS_RANKID"}) {
+        ::setenv(variable, "0", 1);
+        EXPECT_TRUE(was_launched()) << variable;
+        ::unsetenv(variable);
+    }
+    ::setenv("OMPI_MCA_for_this_test", "1", 1); // a user's settings are no launcher's
+    EXPECT_FALSE(was_launched());
+    ::unsetenv("OMPI_MCA_for_this_test");
 }
 
 TEST(SingleCommunicator, IsAWholeWorldOfOne)

@@ -141,6 +141,56 @@ TEST_P(CachedAttentionTest, bits_do_not_depend_on_slot_capacity_and_company)
     }
 }
 
+// A sequence that begins as another one takes its keys and values, in the same step or a later one, and goes on with the bits
+// that reading it from its start gives.
+TEST_P(CachedAttentionTest, a_prefix_of_another_sequence_is_copied)
+{
+    constexpr std::int64_t prompt = 140, length = 143;
+    for (const AttentionShape shape : {AttentionShape{3, 1, 16, 0.25f}, AttentionShape{9, 3, 64, 0.125f}}) {
+        const std::int64_t columns = (shape.heads + 2 * shape.kv_heads) * shape.head_dim, width = shape.heads * shape.head_dim;
+        const Matrix first = operand(random_matrix(length, columns, 1));
+        for (const std::int64_t prefix : {2, 24, 32, 46, 64, 90, 128, 138}) {
+            if (prefix % engine().prefix_granularity() != 0)
+                continue;
+            Matrix second = operand(random_matrix(length, columns, 2));
+            std::copy_n(first.values.begin(), prefix * columns, second.values.begin());
+            const Matrix expected = run(shape, {Sequence{0, prompt, second}}, 1, length, 0)[0];
+            for (const bool same_step : {true, false}) {
+                const std::unique_ptr<KvCache> cache = engine().make_cache(layers, 3, 200, shape);
+                const Matrix old = random_matrix(length, columns, 3); // what the slot held before
+                const CachedSpan before{1, 0, length, 0, true};
+                engine().attention_cached(tensor(old), shape, *cache, layer, std::span(&before, 1), output(length, width));
+                const std::int64_t rest = prompt - prefix;
+                Matrix both(prompt + rest, columns);
+                std::copy_n(first.values.begin(), prompt * columns, both.values.begin());
+                std::copy_n(second.values.begin() + prefix * columns, rest * columns, both.values.begin() + prompt * columns);
+                const Tensor qkv = tensor(both, 3), out = output(prompt + rest, width);
+                const std::vector<CachedSpan> spans = {{2, 0, prompt, 0, true}, {1, prompt, rest, prefix, true, 2}};
+                if (same_step) {
+                    engine().attention_cached(qkv, shape, *cache, layer, spans, out);
+                } else {
+                    engine().attention_cached(qkv, shape, *cache, layer, std::span(spans).first(1), out);
+                    engine().attention_cached(qkv, shape, *cache, layer, std::span(spans).last(1), out);
+                }
+                Matrix found = expected; // the prefix itself has no rows
+                const Matrix computed = values(out);
+                std::copy_n(computed.values.begin() + prompt * width, rest * width, found.values.begin() + prefix * width);
+                for (std::int64_t row = prompt; row < length; ++row) {
+                    Matrix one(1, columns);
+                    std::copy_n(second.values.begin() + row * columns, columns, one.values.begin());
+                    const Tensor decoded = output(1, width);
+                    const CachedSpan span{1, 0, 1, row, false};
+                    engine().attention_cached(tensor(one), shape, *cache, layer, std::span(&span, 1), decoded);
+                    std::copy_n(values(decoded).values.begin(), width, found.values.begin() + row * width);
+                }
+                if (engine().row_invariant())
+                    EXPECT_EQ(found.values, expected.values) << "prefix " << prefix << " same step " << same_step;
+                expect_close(found, expected, [](std::size_t) { return 1e-5; }, cat("prefix ", prefix));
+            }
+        }
+    }
+}
+
 // A slot is given to the next row when its sequence ends: what it held before may not show.
 TEST_P(CachedAttentionTest, a_slot_is_used_again)
 {

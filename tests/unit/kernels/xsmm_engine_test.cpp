@@ -287,6 +287,9 @@ TEST_F(XsmmEngineTest, refuses_what_it_cannot_do)
     const Tensor qkv = random(2, qkv_columns, 1), out = output(2, out_columns);
     EXPECT_THROW(engine().attention_cached(qkv, shape, *cache, 0, std::vector<CachedSpan>{{0, 0, 2, 63, true}}, out),
                  Error);
+    // Prefixes: of the sequence itself, of an odd number of tokens, of no slot.
+    for (const CachedSpan& span : {CachedSpan{0, 0, 2, 2, true, 0}, CachedSpan{0, 0, 2, 3, true, 1}, CachedSpan{0, 0, 2, 2, true, 2}})
+        EXPECT_THROW(engine().attention_cached(qkv, shape, *engine().make_cache(1, 2, 64, shape), 0, std::span(&span, 1), out), Error);
     EXPECT_THROW(engine().attention_cached(qkv, shape, *cache, 0, std::vector<CachedSpan>{{1, 0, 2, 0, true}}, out),
                  Error);
     EXPECT_THROW(engine().attention_cached(qkv, shape, *cache, 0, std::vector<CachedSpan>{{0, 0, 2, 1, true}}, out),

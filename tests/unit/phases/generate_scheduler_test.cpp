@@ -40,11 +40,19 @@ class FakeModel {
         for (const DecodeWork& item : work) {
             auto& sequence = sequences_.at(static_cast<std::size_t>(item.slot));
             if (item.prefill) {
-                EXPECT_EQ(item.position_begin % prefill_tile, 0);
-                EXPECT_LE(item.tokens.size(), static_cast<std::size_t>(prefill_tile));
+                if (item.prefix_slot >= 0) {
+                    const auto& other = sequences_.at(static_cast<std::size_t>(item.prefix_slot));
+                    EXPECT_NE(item.prefix_slot, item.slot);
+                    EXPECT_EQ(item.position_begin % 2, 0);
+                    EXPECT_LE(item.position_begin, static_cast<std::int64_t>(other.size()));
+                    sequence.assign(other.begin(), other.begin() + item.position_begin);
+                } else {
+                    EXPECT_EQ(item.position_begin % prefill_tile, 0);
+                    if (item.position_begin == 0)
+                        sequence.clear();
+                }
+                EXPECT_LE(item.position_begin % prefill_tile + static_cast<std::int64_t>(item.tokens.size()), prefill_tile);
                 prefill_tokens += static_cast<std::int64_t>(item.tokens.size());
-                if (item.position_begin == 0)
-                    sequence.clear();
             } else {
                 EXPECT_EQ(item.tokens.size(), 1U);
                 EXPECT_TRUE(decoding.insert(item.slot).second) << "slot twice in a step";
@@ -56,12 +64,13 @@ class FakeModel {
                 logits_.insert(logits_.end(), logits.begin(), logits.end());
             }
         }
+        all_prefill_tokens += prefill_tokens;
         most_prefill_tokens = std::max(most_prefill_tokens, prefill_tokens);
         ++steps;
         return borrow_f32(logits_.data(), static_cast<std::int64_t>(logits_.size()) / vocabulary, vocabulary);
     }
 
-    std::int64_t prefill_tokens = 0, most_prefill_tokens = 0, steps = 0;
+    std::int64_t prefill_tokens = 0, most_prefill_tokens = 0, all_prefill_tokens = 0, steps = 0;
 
   private:
     std::vector<std::vector<std::int32_t>> sequences_;
@@ -162,6 +171,47 @@ TEST(ContinuousBatch, AnswersDependOnNeitherSlotsNorPrefillBudget)
     EXPECT_LT(ended, 2 * 4 * 3 * 40);
 }
 
+TEST(ContinuousBatch, PromptsThatBeginAlikeAreReadOnce)
+{
+    // A system message of 24 tokens, then prompts of their own; two are equal, one is a beginning of another, one is alone.
+    Case rows = make_case(24);
+    std::vector<std::int32_t> system(24);
+    for (std::size_t i = 0; i < system.size(); ++i)
+        system[i] = static_cast<std::int32_t>(5 + i);
+    for (std::size_t row = 0; row + 1 < rows.prompts.size(); ++row)
+        rows.prompts[row].insert(rows.prompts[row].begin(), system.begin(), system.end());
+    rows.prompts[7] = rows.prompts[5];
+    rows.prompts[9] = {rows.prompts[5].begin(), rows.prompts[5].begin() + 70};
+    rows.prompts[11] = system;
+    for (const std::int64_t granularity : {2, 64, 0}) {
+        for (const std::int64_t slots : {1, 2, 16, 64}) {
+            for (const std::int64_t prefill : {64, 256}) {
+                FakeModel model(slots);
+                auto options = batch_options(slots, 1);
+                options.prefill_tokens = prefill;
+                options.prefix_granularity = granularity;
+                ContinuousBatch batch(options, [&](std::span<const DecodeWork> work) { return model.step(work); });
+                const auto answers = run(batch, rows);
+                ASSERT_EQ(answers.size(), rows.prompts.size());
+                std::int64_t tokens = 0;
+                for (const auto& [row, answer] : answers) {
+                    EXPECT_EQ(answer.tokens, expected_answer(rows, row, 1).tokens) << "row " << row << " slots " << slots;
+                    tokens += static_cast<std::int64_t>(rows.prompts[static_cast<std::size_t>(row)].size());
+                }
+                EXPECT_EQ(batch.prompt_tokens(), tokens);
+                EXPECT_EQ(model.all_prefill_tokens + batch.copied_tokens(), tokens);
+                if (granularity == 0 || slots == 1) {
+                    EXPECT_EQ(batch.copied_tokens(), 0);
+                } else if (slots == 64 && prefill == 256) { // all in flight: everything in common but last tokens
+                    EXPECT_EQ(batch.copied_tokens(), granularity == 2 ? 19 * 24 + 22 + 222 + 68 : 192 + 64);
+                } else if (granularity == 2) {
+                    EXPECT_GT(batch.copied_tokens(), 0);
+                }
+            }
+        }
+    }
+}
+
 TEST(ContinuousBatch, CountsTokensOfPromptsAndAnswers)
 {
     const Case rows = make_case(12);
@@ -206,7 +256,7 @@ TEST(ContinuousBatch, WantsRowsForTheNextStepOnly)
     options.end_tokens = {vocabulary}; // never
     ContinuousBatch batch(options, [&](std::span<const DecodeWork> work) { return model.step(work); });
     EXPECT_TRUE(batch.wants_row());
-    batch.add({.row = 0, .prompt = lengthy, .max_new_tokens = 3}); // three tiles, a step reads two
+    batch.add({.row = 0, .prompt = lengthy, .max_new_tokens = 3}); // a step reads 128 tokens
     EXPECT_FALSE(batch.wants_row());
     batch.step();
     EXPECT_TRUE(batch.wants_row()); // one tile is left
@@ -219,7 +269,7 @@ TEST(ContinuousBatch, WantsRowsForTheNextStepOnly)
     std::int64_t steps = 0;
     for (; !batch.wants_row(); ++steps)
         batch.step();
-    EXPECT_EQ(steps, 3);              // six prompts are read
+    EXPECT_EQ(steps, 2);              // four prompts and three
     EXPECT_EQ(batch.free_slots(), 1); // row 0 has its three tokens
     batch.add({.row = 99, .prompt = brief, .max_new_tokens = 9});
     EXPECT_FALSE(batch.wants_row()); // no slot is free
