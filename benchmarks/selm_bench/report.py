@@ -36,6 +36,25 @@ def judge(result, comparison):
     return median, min(values), max(values), verdict
 
 
+def limit(result, comparison):
+    """What the ratio would be if ours took no longer than its counted FLOPs and bytes at the measured peaks; None: not known."""
+    if not comparison["peer"] or comparison["key"] == "pss_bytes":
+        return None
+    ours = [sample for sample in result["samples"].get(comparison["ours"], []) if "roofline_share" in sample]
+    least = [sample["roofline_s"] for sample in result["samples"].get(comparison["peer"], []) if "roofline_s" in sample]
+    values = ratios(result, comparison)
+    if not ours or len(ours) != len(values):
+        return None
+    if least:  # ours on fewer ranks, at the roofline too
+        return statistics.median(least) / statistics.median(sample["roofline_s"] for sample in ours)
+    return statistics.median(value / sample["roofline_share"] for value, sample in zip(values, ours))
+
+
+def limit_text(result, comparison):
+    value = limit(result, comparison)
+    return "" if value is None else f"{value:.2f}"
+
+
 def is_share(comparison):
     return comparison["key"].endswith("_share")
 
@@ -105,11 +124,11 @@ def work_table(result):
         if samples:
             lines.append(f"| {name} | {spread(samples, key)} | {len(samples)} | {spread(samples, 'pss_bytes', GIB)} | {spread(samples, 'peak_rss_bytes', GIB)} |")
     lines += [f"| {name} | not run: {reason} | | | |" for name, reason in result["left_out"].items()]
-    lines += ["", "| ours | against | ratio | target | |", "|---|---|---|---|---|"]
+    lines += ["", "| ours | against | ratio | target | | at the roofline |", "|---|---|---|---|---|---|"]
     for comparison in result["comparisons"]:
         median, low, high, verdict = judge(result, comparison)
         value = shown(median, comparison) + (f" ({shown(low, comparison)} to {shown(high, comparison)})" if median is not None else "")
-        lines.append(f"| {comparison['ours']}: {comparison['phase']} | {comparison['peer_text'] or comparison['peer']} | {value} | {target_text(comparison)} | {verdict} |")
+        lines.append(f"| {comparison['ours']}: {comparison['phase']} | {comparison['peer_text'] or comparison['peer']} | {value} | {target_text(comparison)} | {verdict} | {limit_text(result, comparison)} |")
     lines += ["", *result["notes"], *peaks_text(result)]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -129,7 +148,7 @@ def summary(directory):
     """Of all results that lie in the directory: what was reached of every target."""
     results = read_results(directory)
     lines = ["# Against peers: what was reached", "Made by `benchmarks/run summary` from the JSON files beside it; each has its own table (.md) with samples, memory and load.", "",
-             "| phase | dtype | against | target | reached (lowest to highest) | | runs | machine |", "|---|---|---|---|---|---|---|---|"]
+             "| phase | dtype | against | target | reached (lowest to highest) | | at the roofline | runs | machine |", "|---|---|---|---|---|---|---|---|---|"]
     machines = {}
     for result in results:
         if not result.get("in_summary", True):
@@ -146,9 +165,10 @@ def summary(directory):
             runs = len(result["samples"].get(comparison["ours"], []))
             if comparison["peer"]:
                 runs = f"{runs}, {len(result['samples'].get(comparison['peer'], []))}"
-            lines.append(f"| {comparison['phase']} | {result['dtype']} | {comparison['peer_text'] or comparison['peer']} | {target_text(comparison)} | {reached} | {verdict} | "
+            lines.append(f"| {comparison['phase']} | {result['dtype']} | {comparison['peer_text'] or comparison['peer']} | {target_text(comparison)} | {reached} | {verdict} | {limit_text(result, comparison)} | "
                          f"{runs} | {machine_name(result['hardware'])}, {busy} |")
     lines += ["", *(f"{name}: {text}; commits {', '.join(sorted(commits))}." for name, (text, commits) in machines.items()),
               "Runs: ours, the peer. Shares: of the least time that counted FLOPs and bytes allow at the peaks measured in the same run. "
-              "Busy: other processes used 0.15 cores or more during a run."]
+              "At the roofline: the ratio if ours took just that time (of two ranks against one: if both did); what lies above it no program on this machine can reach "
+              "without doing less work. Busy: other processes used 0.15 cores or more during a run."]
     return "\n".join(lines) + "\n"

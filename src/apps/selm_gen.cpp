@@ -10,8 +10,8 @@ void print(const selm::GenerateOptions& options, const selm::GenerateReport& rep
     std::cout << outcome_text(report.outcome, options.output) << "\n"
               << "rows " << report.rows << ", generated now " << report.generated_rows << ", from the journal " << report.resumed_rows
               << ", skipped " << report.skipped_rows << "\n"
-              << "prompt tokens " << report.prompt_tokens << " (" << report.copied_tokens << " shared with other prompts), new tokens " << report.new_tokens << " (" << report.stopped_by_end
-              << " answers ended by themselves, " << report.stopped_by_length << " by length)\n"
+              << "prompt tokens " << report.prompt_tokens << " (" << report.copied_tokens << " shared with other prompts), new tokens "
+              << report.new_tokens << " (" << report.stopped_by_end << " answers ended by themselves, " << report.stopped_by_length << " by length)\n"
               << fixed(report.seconds, 2) << " s, " << per_second(static_cast<double>(report.new_tokens), report.seconds)
               << " new tokens/s, ranks idle " << fixed(100 * report.idle_fraction, 1) << " %";
     if (report.first_token_s > 0)

@@ -21,6 +21,7 @@ struct Reply {
     std::int64_t has_item = 0;
     std::int64_t item = 0;
     std::int64_t stopped = 0;
+    std::int64_t left = 0; ///< items that are not handed out; of an answer
 };
 
 constexpr unsigned shortest_sleep_us = 1000;
@@ -58,6 +59,7 @@ WorkQueue::WorkQueue(Communicator& comm, std::vector<std::int64_t> items, Option
     for (auto i = static_cast<std::size_t>(comm.rank()); i < dealt; i += np)
         ready_.push_back(items_[i]);
     handed_out_ = dealt;
+    left_ = static_cast<std::int64_t>(items_.size() - dealt);
 }
 
 std::optional<std::int64_t> WorkQueue::next_shared()
@@ -74,7 +76,10 @@ void WorkQueue::answer_requests()
         case Request::item: {
             const auto item = next_shared();
             send_value(comm_, message->source, options_.tag + 1,
-                       Reply{.has_item = item ? 1 : 0, .item = item.value_or(0), .stopped = stopped_ ? 1 : 0});
+                       Reply{.has_item = item ? 1 : 0,
+                             .item = item.value_or(0),
+                             .stopped = stopped_ ? 1 : 0,
+                             .left = static_cast<std::int64_t>(items_.size() - handed_out_)});
             break;
         }
         case Request::stop: stop(); break;
@@ -104,6 +109,7 @@ void WorkQueue::take_replies()
             continue;
         }
         --outstanding_;
+        left_ = reply.left;
         if (reply.has_item != 0)
             ready_.push_back(reply.item);
         else
@@ -111,9 +117,13 @@ void WorkQueue::take_replies()
     }
 }
 
-void WorkQueue::request_ahead()
+void WorkQueue::request(bool is_needed)
 {
-    while (!exhausted_ && !stopped_ && static_cast<std::int64_t>(ready_.size()) + outstanding_ < options_.prefetch) {
+    // What a rank has asked for it keeps: of the last items none may wait behind another one while a rank is idle.
+    const bool are_last = left_ <= comm_.size() * options_.prefetch;
+    const std::int64_t wanted = are_last && !is_needed ? 0 : options_.prefetch;
+    const bool may_ask = !exhausted_ && !stopped_ && !drained_;
+    while (may_ask && static_cast<std::int64_t>(ready_.size()) + outstanding_ < wanted) {
         send_value(comm_, 0, options_.tag, Request::item);
         ++outstanding_;
     }
@@ -127,7 +137,7 @@ void WorkQueue::poll()
         answer_requests();
     } else {
         take_replies();
-        request_ahead();
+        request(false);
     }
 }
 
@@ -143,6 +153,8 @@ WorkQueue::Next WorkQueue::try_next()
             ready_.push_back(*item);
         else
             exhausted_ = true;
+    } else if (ready_.empty()) {
+        request(true);
     }
     if (!ready_.empty()) {
         const std::int64_t item = ready_.front();

@@ -154,8 +154,11 @@ Tensor PairModel::Impl::encode(const PairBatch& batch)
     const EncoderActivations a = activations(work, static_cast<std::int64_t>(batch.tokens.size()), false);
     embed(batch, {a.attention_norm.sum, {}, {}}, a.x_in);
     const Tensor normed = normed_relative();
-    for (std::int64_t layer = 0; layer < config.layers; ++layer)
+    for (std::int64_t layer = 0; layer < config.layers; ++layer) {
+        if (between_layers)
+            between_layers();
         forward_layer(layer, batch, a, normed);
+    }
     return a.x_out;
 }
 
@@ -213,6 +216,11 @@ std::vector<float> PairModel::logits(std::span<const PairInput> inputs, std::int
         begin = end;
     }
     return logits;
+}
+
+void PairModel::set_between_layers(std::function<void()> work)
+{
+    impl_->between_layers = std::move(work);
 }
 
 std::vector<float> PairModel::hidden_states(std::span<const std::vector<std::int32_t>> sequences)

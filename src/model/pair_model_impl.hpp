@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <vector>
@@ -66,6 +67,7 @@ struct PairModel::Impl {
     EncoderBuffers work;                      ///< of passes that keep nothing
     Buffer embedded, relative_normed, relative_mean, relative_rstd, relative, pairs, head_hidden, head_out;
     Buffer d_x, d_raised, activated, d_hidden, d_qkv, d_relative, d_relative_normed, d_step;
+    std::function<void()> between_layers; ///< may be empty
     std::vector<std::int64_t> identity; ///< 0, 1, 2, ...: a scatter by it is an addition
     std::shared_ptr<std::vector<std::unique_ptr<PairSavedLayers>>> spare =
         std::make_shared<std::vector<std::unique_ptr<PairSavedLayers>>>();

@@ -198,8 +198,7 @@ class RankerPass {
     void score_rows(WorkQueue& work, std::size_t at_a_time, std::chrono::steady_clock::time_point start)
     {
         double next_line_s = 10;
-        if (loaded_.model)
-            loaded_.model->set_between_layers([&work] { work.poll(); });
+        set_between_layers([&work] { work.poll(); });
         for (bool finished = false; !finished;) {
             std::vector<std::int64_t> blocks;
             while (blocks.size() < at_a_time) {
@@ -224,8 +223,15 @@ class RankerPass {
                 next_line_s += 10;
             }
         }
+        set_between_layers({});
+    }
+
+    void set_between_layers(const std::function<void()>& work)
+    {
         if (loaded_.model)
-            loaded_.model->set_between_layers({});
+            loaded_.model->set_between_layers(work);
+        if (loaded_.pair_model)
+            loaded_.pair_model->model().set_between_layers(work);
     }
 
     /// One block, or several of one row each: what the ranker may see together.

@@ -138,9 +138,14 @@ void TrainingLoop::start()
     if (found) {
         state_ = *found;
         SELM_LOG(info, "going on from the checkpoint of step " << state_.step << " of " << total_steps_);
+        if (!state_.numerics.empty() && state_.numerics != objective_.numerics())
+            SELM_LOG(warning, "the steps so far were computed with " << state_.numerics << ", those to come with "
+                                                                      << objective_.numerics()
+                                                                      << " (another engine or kind of CPU): the result is that of neither alone");
     } else {
         agree(comm_, "start weights", [&] { objective_.initialise(weights_); });
     }
+    state_.numerics = objective_.numerics();
     resumed_from_ = state_.step;
     lines_ = output_.cut_metrics(state_.step);
     weights_.optimizer.publish();

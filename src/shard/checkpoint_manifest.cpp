@@ -90,6 +90,7 @@ std::string CheckpointManifest::text() const
                   {"step", state.step},
                   {"epoch", state.epoch},
                   {"epoch_step", state.epoch_step},
+                  {"numerics", state.numerics},
                   {"optimizer_steps", optimizer_steps},
                   {"file", file},
                   {"bytes", bytes},
@@ -117,7 +118,8 @@ CheckpointManifest CheckpointManifest::parse(const std::string& text, const std:
         CheckpointManifest manifest;
         manifest.state = {.step = stored.at("step").get<std::int64_t>(),
                           .epoch = stored.at("epoch").get<std::int64_t>(),
-                          .epoch_step = stored.at("epoch_step").get<std::int64_t>()};
+                          .epoch_step = stored.at("epoch_step").get<std::int64_t>(),
+                          .numerics = stored.value("numerics", std::string())};
         manifest.optimizer_steps = stored.at("optimizer_steps").get<std::int64_t>();
         manifest.file = stored.at("file").get<std::string>();
         manifest.bytes = stored.at("bytes").get<std::int64_t>();

@@ -69,7 +69,7 @@ assert order == ["ours", "peer", "once", "broken", "broken", "peer", "ours", "ou
 assert saved[-1] == {"ours": 3, "peer": 3, "once": 1, "broken": 1}, saved
 assert result["left_out"] == {"broken": "no such thing"}
 for i, sample in enumerate(result["samples"]["ours"]):
-    sample.update(others_cores=0.0, some_share=0.6)
+    sample.update(others_cores=0.0, some_share=0.6, roofline_share=0.5, roofline_s=1.0)
 for sample in itertools.chain.from_iterable(v for k, v in result["samples"].items() if k != "ours"):
     sample["others_cores"] = 0.01
 result.update(comparisons=[vars(c) for c in comparisons], hardware={"cpu": "Toy", "cores": 2, "features": ["avx2", "fma"], "memory_gib": 1.0}, dtype="fp32",
@@ -80,6 +80,12 @@ assert judged[0] == (10.0, 5.0, 15.0, "met"), judged[0]
 assert judged[1][0] == 10.0 and judged[1][3] == "not met"     # against the peer's only sample
 assert judged[3] == (20.0, 10.0, 30.0, "not met")
 assert judged[4] == (0.6, 0.6, 0.6, "met")
+limits = [report.limit(result, c) for c in result["comparisons"]]
+assert limits == [20.0, 20.0, 20.0, None, None], limits  # twice the ratio, as ours takes twice its least time
+fewer_ranks = json.loads(json.dumps(result))
+for sample in fewer_ranks["samples"]["peer"]:
+    sample["roofline_s"] = 1.8
+assert report.limit(fewer_ranks, vars(comparisons[0])) == 1.8
 with open("toy-fp32.json", "w") as file:
     json.dump(result, file)
 table = report.work_table(result)
@@ -115,8 +121,8 @@ with open("other.json", "w") as file:
 print("checked")
 PYTHON
 expect 0 '^checked' python3 check.py "$benchmarks"
-expect 0 '^\| speed \| fp32 \| peer \| >= 9 \| 10.00 \(5.00 to 15.00\) \| met \| 3, 3 \| Toy fma, quiet \|' python3 "$benchmarks/run" summary --results "$work"
-expect_count 1 '^\| roof \| fp32 \|  \| >= 50 % \| 60 % \(60 % to 60 %\) \| met \| 3 \| Toy fma, quiet \|'
+expect 0 '^\| speed \| fp32 \| peer \| >= 9 \| 10.00 \(5.00 to 15.00\) \| met \| 20.00 \| 3, 3 \| Toy fma, quiet \|' python3 "$benchmarks/run" summary --results "$work"
+expect_count 1 '^\| roof \| fp32 \|  \| >= 50 % \| 60 % \(60 % to 60 %\) \| met \|  \| 3 \| Toy fma, quiet \|'
 expect 0 '^' test -s summary.md
 
 # The programs that measure the machine and our parts of it.

@@ -172,4 +172,11 @@ checks=$((checks + 1))
 [ -z "$(find killed -name '*.partial*')" ] || fail "left behind: $(find killed -name '*.partial*')"
 same killed
 
+# Another engine that goes on from a checkpoint is named.
+if grep -qw avx2 /proc/cpuinfo; then
+    expect 75 'stopped after step 2' train engines --max-steps 2 --engine xsmm
+    expect 75 'computed with xsmm, those to come with aten' train engines --max-steps 1 --engine aten
+    expect 75 'stopped after step 4' train engines --max-steps 1 --engine aten
+    expect_count 0 'those to come'
+fi
 finish

@@ -6,8 +6,8 @@
 
 namespace selm {
 
-/// Whether a launcher (mpirun, srun, aprun, ...) started this process: it leaves variables in the environment. Where there
-/// is any doubt the answer is yes.
+/// Whether a launcher (mpirun, srun, aprun, ...) started this process: any variable of those that launchers leave in the
+/// environment is enough.
 bool was_launched();
 
 /// `when_launched`: for programs in which one rank works; by themselves they need no MPI, whose start takes 0.25 s.

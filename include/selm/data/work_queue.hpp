@@ -13,7 +13,8 @@ namespace selm {
 
 /**
  * @brief Dynamic hand-out of work items over ranks. Rank 0 coordinates and works too: it answers requests whenever it calls
- * poll() or try_next(), so call one of them between steps. The other ranks ask ahead of need. One rank: no messages.
+ * poll() or try_next(), so call one of them between steps. The other ranks ask ahead of need, but for the last items, which
+ * go to whoever is out of work first. One rank: no messages.
  *
  * Every rank starts with a fixed share without any message: item r, r + np, r + 2 np, ... for `initial_per_rank` rounds. Who
  * gets what depends on timing; results must not. No collectives inside: ranks never wait for each other before drain().
@@ -63,7 +64,7 @@ class WorkQueue {
     void answer_requests();
     void notify(int rank);
     void take_replies();
-    void request_ahead();
+    void request(bool is_needed);
     void sleep_a_little(unsigned& microseconds);
     std::optional<std::int64_t> next_shared();
 
@@ -74,6 +75,7 @@ class WorkQueue {
     int departed_ = 0;                ///< rank 0: ranks that have left
     std::deque<std::int64_t> ready_;
     std::int64_t outstanding_ = 0;    ///< requests sent and not answered
+    std::int64_t left_ = 0;           ///< other ranks: items not handed out, when rank 0 last said so
     std::vector<bool> notified_;      ///< rank 0: who got the notice that hand-out is over
     bool noticed_ = false;            ///< other ranks: it came
     bool exhausted_ = false, stopped_ = false, drained_ = false;

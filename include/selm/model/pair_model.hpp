@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <vector>
@@ -92,6 +93,10 @@ class PairModel {
 
     /// Last hidden states f32 [sum of lengths, H] of whole sequences (host), in order: for tests and other heads.
     std::vector<float> hidden_states(std::span<const std::vector<std::int32_t>> sequences);
+
+    /// `work` is called before every layer of the passes from now on (none: empty), so that messages of others do not wait for a
+    /// whole pass. It may not use the model.
+    void set_between_layers(std::function<void()> work);
 
     /// Multiplications (of pairs of numbers) that a sequence of this length costs: for handing out work.
     static double cost(const DebertaConfig& config, std::int64_t length);

@@ -20,6 +20,7 @@ struct CheckpointState {
     std::int64_t step = 0;       ///< optimizer steps done
     std::int64_t epoch = 0;      ///< 0-based epoch of the next step
     std::int64_t epoch_step = 0; ///< data cursor: global batches of this epoch already used
+    std::string numerics = {};   ///< Engine::numerics() of the steps so far; empty: not known
 };
 
 /// What a checkpoint belongs to, as (name in words, value): another value of any of them means another training run.

@@ -86,6 +86,37 @@ TEST(Queue, FastRanksTakeMore)
     }
 }
 
+TEST(Queue, TheLastItemsGoToWhoIsOutOfWork)
+{
+    // The last rank works on its first item until the others have found no more: it may have asked for none meanwhile.
+    Communicator& comm = test_world();
+    if (comm.size() == 1)
+        GTEST_SKIP() << "needs ranks";
+    constexpr int done_tag = 21;
+    const int slow = comm.size() - 1;
+    WorkQueue queue(comm, items_of(2 * comm.size()), {.tag = 11, .initial_per_rank = 1, .prefetch = 1});
+    run_queue(comm, queue, "test", [&](WorkQueue& work) {
+        for (WorkQueue::State state = WorkQueue::State::item; state != WorkQueue::State::finished;) {
+            state = work.try_next().state;
+            if (state == WorkQueue::State::waiting)
+                ::usleep(200);
+            for (int done = 0; comm.rank() == slow && state == WorkQueue::State::item && done < slow;) {
+                work.poll();
+                if (comm.try_receive(done_tag))
+                    ++done;
+                else
+                    ::usleep(200);
+            }
+        }
+        if (comm.rank() != slow)
+            comm.send(slow, done_tag, {});
+    });
+    const auto all = all_gather_value(comm, queue.taken(), "taken");
+    EXPECT_EQ(all.back(), 1);
+    EXPECT_EQ(std::accumulate(all.begin(), all.end(), std::int64_t{0}), 2 * comm.size());
+    expect_no_message_left(comm, 11);
+}
+
 TEST(Queue, StartsWithARoundRobinDeal)
 {
     Communicator& comm = test_world();

@@ -29,7 +29,7 @@ class Checkpoint : public ::testing::Test {
         saved = toy.master();
         saved_exp_avg = toy.gathered(&ShardedAdamW::exp_avg);
         saved_exp_avg_sq = toy.gathered(&ShardedAdamW::exp_avg_sq);
-        store.save({.step = steps, .epoch = 1, .epoch_step = steps - 1}, binding, toy.optimizer);
+        store.save({.step = steps, .epoch = 1, .epoch_step = steps - 1, .numerics = "toy"}, binding, toy.optimizer);
     }
 
     std::optional<CheckpointState> load(test::ToyTraining& toy) { return store.load_latest(binding, toy.optimizer); }
@@ -57,6 +57,7 @@ TEST_F(Checkpoint, RoundTripIsBitEqual)
     EXPECT_EQ(state->step, 3);
     EXPECT_EQ(state->epoch, 1);
     EXPECT_EQ(state->epoch_step, 2);
+    EXPECT_EQ(state->numerics, "toy");
     EXPECT_EQ(toy.optimizer.steps_done(), 3);
     EXPECT_EQ(toy.master(), saved);
 
