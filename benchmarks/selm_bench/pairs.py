@@ -93,13 +93,13 @@ class Training:
     def sample(self, seconds, **more):
         return dict({"seconds": seconds, "pairs_per_s": self.pairs.rows / seconds}, **more)
 
-    def ours(self, ranks, alpha):
+    def ours(self, ranks, alpha, *words):
         bench, pairs = self.bench, self.pairs
         path, output = pairs.copy(f"train-{ranks}.h5"), bench.path(f"trained-{ranks}")
         logp = pairs.log_probs(path, ranks)
         shutil.rmtree(output, ignore_errors=True)
         done = bench.selm("selm_train", "--iter", path, "--policy", bench.a.model, "--output", output, "--global-batch", pairs.rows // STEPS, "--shuffle", "off",
-                          "--learning-rate", LEARNING_RATE, "--schedule", "constant", "--warmup-ratio", 0, "--alpha", alpha, "--beta", BETA, *pairs.common(), ranks=ranks, memory=True)
+                          "--learning-rate", LEARNING_RATE, "--schedule", "constant", "--warmup-ratio", 0, "--alpha", alpha, "--beta", BETA, *pairs.common(), *words, ranks=ranks, memory=True)
         with open(os.path.join(output, "metrics.jsonl")) as file:
             steps = [json.loads(line) for line in file]
         shutil.rmtree(output)
@@ -131,7 +131,7 @@ def train_work(bench):
     training = Training(bench, Pairs(bench, rows))
     ranks, fewer = bench.a.ranks, bench.a.peer_repetitions
     slow = fewer or (1 if bench.a.quick else 0)
-    name, one, alpha0 = ours_name(ranks), ours_name(1), ours_name(ranks) + ", alpha 0"
+    name, one, alpha0, least = ours_name(ranks), ours_name(1), ours_name(ranks) + ", alpha 0", ours_name(ranks) + ", layers recomputed, ZeRO-3"
     authors, checkpointed, trl, precomputed, zero = "authors' step", "authors' step, gradient checkpointing", "TRL DPOTrainer", "TRL DPOTrainer, precomputed", "DeepSpeed ZeRO-1"
     contestants = [Contestant(name, lambda r: training.ours(ranks, 0.001)), Contestant(alpha0, lambda r: training.ours(ranks, 0)),
                    Contestant(authors, lambda r: training.peer("train"), slow),
@@ -139,6 +139,7 @@ def train_work(bench):
                    Contestant(trl, lambda r: training.peer("trl_dpo"), slow), Contestant(precomputed, lambda r: training.peer("trl_dpo", "--precompute"), slow)]
     if ranks > 1:
         contestants.insert(1, Contestant(one, lambda r: training.ours(1, 0.001)))
+        contestants.insert(2, Contestant(least, lambda r: training.ours(ranks, 0.001, "--recompute", "layers", "--zero", 3), slow))
     if bench.a.device == "cpu" and bench.a.deepspeed:
         contestants.append(Contestant(zero, lambda r: training.peer("zero_step"), slow))
     phase = f"train step with reference log-probs, {rows} pairs"
@@ -146,6 +147,8 @@ def train_work(bench):
                    Comparison(phase, name, checkpointed, "pairs_per_s", 6, peer_text="authors' step, gradient checkpointing"),
                    Comparison(phase + ": memory", name, authors, "pss_bytes", 0.6, True, "authors' step in PyTorch"),
                    Comparison(phase + ": memory", name, checkpointed, "pss_bytes", 0.6, True, "authors' step, gradient checkpointing"),
+                   Comparison(phase + ", layers recomputed, ZeRO-3", least, checkpointed, "pairs_per_s", peer_text="authors' step, gradient checkpointing"),
+                   Comparison(phase + ", layers recomputed, ZeRO-3: memory", least, checkpointed, "pss_bytes", 0.6, True, "authors' step, gradient checkpointing"),
                    Comparison(phase + ", alpha 0", alpha0, trl, "pairs_per_s", 6, peer_text="TRL DPOTrainer"),
                    Comparison(phase + ", alpha 0", alpha0, precomputed, "pairs_per_s", 6, peer_text="TRL DPOTrainer, reference log-probs precomputed (counted)"),
                    Comparison(phase, name, "", "roofline_share", 0.7, peer_text="arithmetic peak x counted FLOPs"),

@@ -46,10 +46,19 @@ program_of() {
 start_and_freeze() {
     local program=$1 output=$2
     shift 2
+    first_size=
     "$program" "$output" >"$output.log" 2>&1 &
     older=$!
     comes_to "$older" "$@" || fail "the older copy of $program had ended before: $*"
     kill -STOP "$(program_of "$older")" || fail "there is no older copy of $program to stop"
+}
+# journalled FILE: the journal has grown since it was seen first (with its header alone, perhaps): a row is in it.
+journalled() {
+    local size
+    size=$(stat -c %s "$1" 2>/dev/null) || return 1
+    [ "$size" -gt 0 ] || return 1
+    [ -n "$first_size" ] || first_size=$size
+    [ "$size" -gt "$first_size" ]
 }
 # wake OUTPUT [WORD]: the older copy goes on; it ends with 75 and says why.
 wake() {
@@ -90,13 +99,13 @@ twice() { # no row that was journalled is generated again
 
 # Both at work.
 journal=attempt-000001-rank-000000.log
-start_and_freeze gen beside.h5 test -s beside.h5.journal/$journal
+start_and_freeze gen beside.h5 journalled beside.h5.journal/$journal
 beside gen beside.h5 .attempts/beside.h5-000002
 twice
 [ "$(digest_of beside.h5)" = "$alone" ] || fail "beside.h5 differs from alone.h5"
 
 # The older one wakes up when the newer one is done, and its output was ranked.
-start_and_freeze gen after.h5 test -s after.h5.journal/$journal
+start_and_freeze gen after.h5 journalled after.h5.journal/$journal
 expect 0 'rows 120, generated now' gen after.h5
 twice
 checks=$((checks + 2))
