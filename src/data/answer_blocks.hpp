@@ -23,7 +23,7 @@ class AnswerBlocks {
   public:
     /**
      * @brief Collective.
-     * @param rows keys in file order, the same on every rank. @param answers of this rank, in any order; they stay with the caller.
+     * @param rows keys in file order, the same on every rank. @param answers of this rank, in any order; borrowed.
      * @throws Error internal on every rank: a row without an answer or with two, an answer that is not of @p rows or malformed.
      */
     AnswerBlocks(const std::vector<std::int64_t>& rows, const std::vector<GeneratedAnswer>& answers, Communicator& comm);
