@@ -216,6 +216,11 @@ double exit_grace_s()
     return seconds > 0 ? seconds : 60;
 }
 
+std::string rank_prefix(const Communicator& world)
+{
+    return cat("[rank ", world.rank(), "/", world.size(), "] ");
+}
+
 /// All ranks meet; the lowest with an Error tells it. Returns the code all of them exit with.
 int leave_together(const ProgramSpec& spec, const MpiSession& session, ExitCode code, const std::optional<Error>& error)
 {
@@ -228,17 +233,15 @@ int leave_together(const ProgramSpec& spec, const MpiSession& session, ExitCode 
         const std::chrono::duration<double> waited = std::chrono::steady_clock::now() - start;
         const bool missed = watchdog_inquiries() > inquiries; // the others have waited for their timeout already
         if (error && (missed || waited.count() > exit_grace_s())) {
-            std::cerr << "[rank " << world.rank() << "/" << world.size() << "] " << error_line(spec, *error)
-                      << "[rank " << world.rank() << "/" << world.size()
-                      << "] the other ranks did not come to this end: aborting them\n"
-                      << std::flush;
+            log_verbatim(cat(rank_prefix(world), error_line(spec, *error), rank_prefix(world),
+                             "the other ranks did not come to this end: aborting them\n"));
             session.abort(static_cast<int>(error->code()));
         }
     });
     const std::int64_t speaker = all_reduce_value(world, static_cast<std::int64_t>(error ? world.rank() : world.size()),
                                                   ReduceOp::min, "end of the program");
     if (speaker == world.rank())
-        std::cerr << error_line(spec, *error) << std::flush;
+        log_verbatim(error_line(spec, *error));
     const auto own = static_cast<std::int64_t>(error ? error->code() : code);
     if (speaker == world.size())
         return static_cast<int>(all_reduce_value(world, own, ReduceOp::max, "end of the program"));
@@ -278,13 +281,10 @@ int run_with_mpi(int argc, char** argv, const ProgramSpec& spec, OptionTable& ta
             leave_mark("SELM_DONE_FILE");
         return left_with;
     } catch (const std::bad_alloc&) {
-        std::cerr << "[rank " << world.rank() << "/" << world.size() << "] " << spec.name
-                  << ": error: out of memory. Use fewer ranks on a node, fewer slots or smaller microbatches [exit code 70]\n"
-                  << std::flush;
+        log_verbatim(cat(rank_prefix(world), spec.name,
+                         ": error: out of memory. Use fewer ranks on a node, fewer slots or smaller microbatches [exit code 70]\n"));
     } catch (const std::exception& error) {
-        std::cerr << "[rank " << world.rank() << "/" << world.size() << "] " << spec.name << ": unexpected error: " << error.what()
-                  << " [exit code 70]\n"
-                  << std::flush;
+        log_verbatim(cat(rank_prefix(world), spec.name, ": unexpected error: ", error.what(), " [exit code 70]\n"));
     }
     session.abort(static_cast<int>(ExitCode::internal));
 }
@@ -311,10 +311,10 @@ int run_program(int argc, char** argv, const ProgramSpec& spec, const std::funct
         return run_with_mpi(argc, argv, spec, table, request, body);
     } catch (const Error& error) {
         if (is_first_process())
-            std::cerr << error_line(spec, error);
+            log_verbatim(error_line(spec, error));
         return static_cast<int>(error.code());
     } catch (const std::exception& error) {
-        std::cerr << spec.name << ": unexpected error: " << error.what() << "\n";
+        log_verbatim(cat(spec.name, ": unexpected error: ", error.what(), "\n"));
         return static_cast<int>(ExitCode::internal);
     }
 }

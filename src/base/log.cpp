@@ -41,12 +41,13 @@ const char* level_prefix(LogLevel level)
     return "";
 }
 
-/// One write(2) per line, so that lines of several ranks do not mix.
-void write_line(const std::string& line)
+} // namespace
+
+void log_verbatim(const std::string& text)
 {
     std::size_t done = 0;
-    while (done < line.size()) {
-        const ssize_t written = ::write(STDERR_FILENO, line.data() + done, line.size() - done);
+    while (done < text.size()) {
+        const ssize_t written = ::write(STDERR_FILENO, text.data() + done, text.size() - done);
         if (written < 0 && errno == EINTR)
             continue;
         if (written <= 0)
@@ -54,8 +55,6 @@ void write_line(const std::string& line)
         done += static_cast<std::size_t>(written);
     }
 }
-
-} // namespace
 
 void set_log_rank(int rank, int size)
 {
@@ -66,15 +65,15 @@ void log_root(LogLevel level, const std::string& message)
 {
     if (log_rank().rank != 0 || (level == LogLevel::debug && !debug_enabled()))
         return;
-    write_line(std::string("selm: ") + level_prefix(level) + message + "\n");
+    log_verbatim(std::string("selm: ") + level_prefix(level) + message + "\n");
 }
 
 void log_local(LogLevel level, const std::string& message)
 {
     if (level == LogLevel::debug && !debug_enabled())
         return;
-    write_line("[rank " + std::to_string(log_rank().rank) + "/" + std::to_string(log_rank().size) + "] selm: " +
-               level_prefix(level) + message + "\n");
+    log_verbatim("[rank " + std::to_string(log_rank().rank) + "/" + std::to_string(log_rank().size) + "] selm: " +
+                 level_prefix(level) + message + "\n");
 }
 
 } // namespace selm

@@ -5,7 +5,6 @@
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
-#include <iostream>
 #include <list>
 #include <map>
 #include <memory>
@@ -16,6 +15,7 @@
 #include "mpi_call.hpp"
 #include "pending_operation.hpp"
 #include "selm/base/error.hpp"
+#include "selm/base/log.hpp"
 #include "selm/comm/watchdog.hpp"
 
 namespace selm::comm {
@@ -198,9 +198,8 @@ std::vector<int> world_ranks(MPI_Comm comm)
 [[noreturn]] void abort_all(const std::string& message)
 {
     const Watch& w = watch();
-    std::cerr << "[rank " << w.rank << "/" << w.size << "] " << ::program_invocation_short_name << ": error: " << message
-              << " [exit code " << static_cast<int>(ExitCode::internal) << "]\n"
-              << std::flush;
+    log_verbatim(cat("[rank ", w.rank, "/", w.size, "] ", ::program_invocation_short_name, ": error: ", message, " [exit code ",
+                     static_cast<int>(ExitCode::internal), "]\n"));
     MPI_Abort(MPI_COMM_WORLD, static_cast<int>(ExitCode::internal));
     std::abort();
 }

@@ -17,6 +17,10 @@ void log_root(LogLevel level, const std::string& message);
 /// Writes one line to stderr from any rank, prefixed "[rank r/n]".
 void log_local(LogLevel level, const std::string& message);
 
+/// Writes @p text (whole lines, with their ends) to stderr from any rank by one write(2), so that neither other ranks' lines nor
+/// the launcher's own come between its parts. std::cerr writes each `<<` by itself.
+void log_verbatim(const std::string& text);
+
 } // namespace selm
 
 #define SELM_LOG(level, stream)                                                                                        \
