@@ -2,15 +2,21 @@
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/index_select.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/InferenceMode.h>
 
 #include <algorithm>
 #include <limits>
+#include <memory>
+#include <utility>
+#include <vector>
 
 #include "aten_engine.hpp"
+#include "aten_kv_cache.hpp"
 #include "aten_view.hpp"
+#include "selm/base/error.hpp"
 
 // n query rows, m key rows, G = NH/NK query heads per key/value head. Every product is of fresh contiguous matrices
 // whose shape depends on the row's own sequence only, so its bits do not depend on what else is in the call.
@@ -141,25 +147,9 @@ at::Tensor attend_backward(const QueryTile& tile, const Inputs& in, std::span<co
     return at::bmm(ds, k).view_as(tile.q);
 }
 
-/// Contiguous [layers, slots, capacity, NK, D] keys and values.
-class AtenKvCache final : public KvCache {
-  public:
-    AtenKvCache(at::Tensor keys, at::Tensor values) : keys_(std::move(keys)), values_(std::move(values)) {}
-    std::int64_t slots() const override { return keys_.size(1); }
-    std::int64_t capacity() const override { return keys_.size(2); }
-    std::int64_t layers() const { return keys_.size(0); }
-    /// [capacity, NK, D]
-    at::Tensor keys(std::int64_t layer, std::int64_t slot) const { return keys_.select(0, layer).select(0, slot); }
-    at::Tensor values(std::int64_t layer, std::int64_t slot) const { return values_.select(0, layer).select(0, slot); }
-
-  private:
-    at::Tensor keys_;
-    at::Tensor values_;
-};
-
-void expect_span(const CachedSpan& span, const AtenKvCache& cache, std::int64_t rows)
+void expect_span(const CachedSpan& span, const AtenKvCache& cache, std::int64_t rows, bool may_be_of_no_sequence)
 {
-    SELM_EXPECT(span.slot >= 0 && span.slot < cache.slots() && span.count >= 1);
+    SELM_EXPECT(span.slot >= (may_be_of_no_sequence ? -1 : 0) && span.slot < cache.slots() && span.count >= 1);
     SELM_EXPECT(span.row_begin >= 0 && span.row_begin + span.count <= rows);
     SELM_EXPECT(span.position_begin >= 0 && span.position_begin + span.count <= cache.capacity());
     SELM_EXPECT(span.prefill ? span.position_begin % prefill_tile == 0 : span.count == 1);
@@ -167,7 +157,241 @@ void expect_span(const CachedSpan& span, const AtenKvCache& cache, std::int64_t 
                                          span.prefix_slot != span.slot));
 }
 
+void expect_head_dim_of_parts(const AttentionShape& shape)
+{
+    SELM_VALIDATE(shape.head_dim % 8 == 0 && shape.head_dim <= 256, ExitCode::configuration,
+                  "the model's attention heads have " << shape.head_dim << " dimensions; attention on CUDA devices takes multiples "
+                  "of 8 up to 256. Pass --device cpu");
+}
+
+void copy_prefix(const AtenKvCache& cache, std::int64_t layer, const CachedSpan& span)
+{
+    if (span.prefix_slot < 0)
+        return;
+    const std::int64_t count = span.position_begin;
+    cache.keys(layer, span.slot).narrow(0, 0, count).copy_(cache.keys(layer, span.prefix_slot).narrow(0, 0, count));
+    cache.values(layer, span.slot).narrow(0, 0, count).copy_(cache.values(layer, span.prefix_slot).narrow(0, 0, count));
+}
+
+/// A span's tokens, whose keys and values are in the cache, to their sequence up to themselves. q, out [T, NH, D].
+void attend_span(const at::Tensor& q, const AttentionShape& shape, const AtenKvCache& cache, std::int64_t layer,
+                 const CachedSpan& span, const at::Tensor& out)
+{
+    const at::Tensor keys = cache.keys(layer, span.slot), values = cache.values(layer, span.slot);
+    for (std::int64_t begin = 0; begin < span.count; begin += prefill_tile) {
+        const std::int64_t n = std::min(prefill_tile, span.count - begin);
+        const std::int64_t end = span.position_begin + begin + n;
+        const Attended result = attend(heads_first(q.narrow(0, span.row_begin + begin, n)), heads_first(keys.narrow(0, 0, end)),
+                                       heads_first(values.narrow(0, 0, end)), shape);
+        out.narrow(0, span.row_begin + begin, n).copy_(result.out.permute({1, 0, 2}));
+    }
+}
+
+/// i32 [n] on the device.
+at::Tensor uploaded(const std::vector<std::int32_t>& values, Device device)
+{
+    return aten::index_tensor(values, device).clone(); // also on the CPU, where it would be a view of the vector
+}
+
+aten::PackedSequences sequences_of(const std::vector<std::int32_t>& query_begin, const std::vector<std::int32_t>& key_begin,
+                                   Device device)
+{
+    aten::PackedSequences out;
+    for (std::size_t i = 0; i + 1 < query_begin.size(); ++i) {
+        out.longest_query = std::max<std::int64_t>(out.longest_query, query_begin[i + 1] - query_begin[i]);
+        out.longest_key = std::max<std::int64_t>(out.longest_key, key_begin[i + 1] - key_begin[i]);
+    }
+    out.query_begin = uploaded(query_begin, device);
+    out.key_begin = uploaded(key_begin, device);
+    return out;
+}
+
+std::int32_t as_i32(std::int64_t value)
+{
+    SELM_EXPECT(value >= 0 && value <= std::numeric_limits<std::int32_t>::max());
+    return static_cast<std::int32_t>(value);
+}
+
+void append_range(std::vector<std::int32_t>& to, std::int64_t begin, std::int64_t count)
+{
+    for (std::int64_t i = 0; i < count; ++i)
+        to.push_back(as_i32(begin + i));
+}
+
+bool are_equal(const CachedSpan& a, const CachedSpan& b)
+{
+    return a.slot == b.slot && a.row_begin == b.row_begin && a.count == b.count && a.position_begin == b.position_begin &&
+           a.prefill == b.prefill && a.prefix_slot == b.prefix_slot;
+}
+
+bool are_equal(const Segment& a, const Segment& b)
+{
+    return a.begin == b.begin && a.length == b.length && a.trunk == b.trunk;
+}
+
+/// Lists of rows that become one CachedRows.
+struct RowLists {
+    std::vector<std::int32_t> row, slot, position;
+
+    void add(const CachedSpan& span)
+    {
+        append_range(row, span.row_begin, span.count);
+        append_range(position, span.position_begin, span.count);
+        slot.insert(slot.end(), static_cast<std::size_t>(span.count), static_cast<std::int32_t>(span.slot));
+    }
+    aten::CachedRows upload(Device device) const { return {uploaded(row, device), uploaded(slot, device), uploaded(position, device)}; }
+};
+
 } // namespace
+
+struct AtenEngine::SegmentPlan {
+    std::vector<Segment> segments;
+    aten::PackedSequences sequences;
+    at::Tensor key_rows; ///< i32 [Tk]; undefined: the rows as they lie
+};
+
+struct AtenEngine::CachedPlan {
+    std::vector<CachedSpan> spans;
+    std::int64_t capacity = 0;
+    aten::CachedRows all, single; ///< of all spans; of those of one token
+    std::int64_t longest_single = 0;
+    /// Of prefill spans: their rows in the step, i64 [Tq], and their keys' in the layer, i32 [Tk] of slot * capacity + position.
+    at::Tensor query_rows, key_rows;
+    aten::PackedSequences sequences;
+};
+
+const AtenEngine::SegmentPlan& AtenEngine::segment_plan(std::span<const Segment> segments)
+{
+    if (segment_plan_ && std::ranges::equal(segment_plan_->segments, segments, [](auto& a, auto& b) { return are_equal(a, b); }))
+        return *segment_plan_;
+    auto plan = std::make_shared<SegmentPlan>();
+    plan->segments.assign(segments.begin(), segments.end());
+    std::vector<std::int32_t> query_begin{0}, key_begin{0}, key_rows;
+    bool has_trunks = false;
+    for (const Segment& segment : segments) {
+        if (segment.trunk >= 0) {
+            const Segment& trunk = segments[static_cast<std::size_t>(segment.trunk)];
+            append_range(key_rows, trunk.begin, trunk.length);
+            has_trunks = true;
+        }
+        append_range(key_rows, segment.begin, segment.length);
+        query_begin.push_back(as_i32(segment.begin + segment.length));
+        key_begin.push_back(as_i32(static_cast<std::int64_t>(key_rows.size())));
+    }
+    plan->sequences = sequences_of(query_begin, key_begin, device_);
+    if (has_trunks)
+        plan->key_rows = uploaded(key_rows, device_);
+    segment_plan_ = std::move(plan);
+    return *segment_plan_;
+}
+
+const AtenEngine::CachedPlan& AtenEngine::cached_plan(std::span<const CachedSpan> spans, std::int64_t capacity)
+{
+    if (cached_plan_ && cached_plan_->capacity == capacity &&
+        std::ranges::equal(cached_plan_->spans, spans, [](auto& a, auto& b) { return are_equal(a, b); }))
+        return *cached_plan_;
+    auto plan = std::make_shared<CachedPlan>();
+    plan->spans.assign(spans.begin(), spans.end());
+    plan->capacity = capacity;
+    RowLists all, single;
+    std::vector<std::int32_t> query_rows, query_begin{0}, key_rows, key_begin{0};
+    for (const CachedSpan& span : spans) {
+        all.add(span);
+        const std::int64_t end = span.position_begin + span.count;
+        if (!span.prefill) {
+            single.add(span);
+            plan->longest_single = std::max(plan->longest_single, end);
+            continue;
+        }
+        append_range(query_rows, span.row_begin, span.count);
+        append_range(key_rows, span.slot * capacity, end);
+        query_begin.push_back(as_i32(static_cast<std::int64_t>(query_rows.size())));
+        key_begin.push_back(as_i32(static_cast<std::int64_t>(key_rows.size())));
+    }
+    plan->all = all.upload(device_);
+    plan->single = single.upload(device_);
+    plan->query_rows = uploaded(query_rows, device_).to(at::kLong);
+    plan->key_rows = uploaded(key_rows, device_);
+    plan->sequences = sequences_of(query_begin, key_begin, device_);
+    cached_plan_ = std::move(plan);
+    return *cached_plan_;
+}
+
+void AtenEngine::packed_attention(const Tensor& qkv, const AttentionShape& shape, std::span<const Segment> segments,
+                                  const Tensor& out, const Tensor& lse)
+{
+    expect_head_dim_of_parts(shape);
+    const Inputs in = split(qkv, shape);
+    const SegmentPlan& plan = segment_plan(segments);
+    const auto keys = [&](const at::Tensor& x) { return plan.key_rows.defined() ? at::index_select(x, 0, plan.key_rows) : x; };
+    const auto result = parts_.packed_attention->forward(in.q, keys(in.k), keys(in.v), plan.sequences, shape.scale);
+    view_heads(out, 0, shape.heads, shape.head_dim).copy_(result.out);
+    if (!lse.empty())
+        view(lse).copy_(result.lse);
+}
+
+void AtenEngine::packed_attention_backward(const Tensor& qkv, const AttentionShape& shape, std::span<const Segment> segments,
+                                           const Tensor& out, const Tensor& lse, const Tensor& dout, const Tensor& dqkv)
+{
+    const Inputs in = split(qkv, shape), d_in = split(dqkv, shape);
+    const SegmentPlan& plan = segment_plan(segments);
+    const auto keys = [&](const at::Tensor& x) { return plan.key_rows.defined() ? at::index_select(x, 0, plan.key_rows) : x; };
+    const auto gradients = parts_.packed_attention->backward(
+        view_heads(dout, 0, shape.heads, shape.head_dim), in.q, keys(in.k), keys(in.v),
+        view_heads(out, 0, shape.heads, shape.head_dim), view(lse), plan.sequences, shape.scale);
+    // A trunk's keys get a part from each of its branches.
+    const auto add_up = [&](const at::Tensor& of_keys, at::Tensor to) {
+        if (!plan.key_rows.defined()) {
+            to.copy_(of_keys);
+            return;
+        }
+        at::Tensor sum = at::zeros(to.sizes(), to.options().dtype(at::kFloat));
+        aten::add_rows(sum, plan.key_rows, as_f32(of_keys));
+        to.copy_(sum);
+    };
+    at::Tensor dq = d_in.q;
+    dq.copy_(gradients.q);
+    add_up(gradients.k, d_in.k);
+    add_up(gradients.v, d_in.v);
+}
+
+void AtenEngine::prefill_attention(const at::Tensor& q, const AttentionShape& shape, AtenKvCache& cache, std::int64_t layer,
+                                   const CachedPlan& plan, at::Tensor out)
+{
+    if (plan.query_rows.size(0) == 0)
+        return;
+    if (!parts_.packed_attention) {
+        for (const CachedSpan& span : plan.spans)
+            if (span.prefill)
+                attend_span(q, shape, cache, layer, span, out);
+        return;
+    }
+    const auto cached = [&](const at::Tensor& x) { return at::index_select(x.flatten(0, 1), 0, plan.key_rows); };
+    const aten::CacheLayer stored = cache.layer(layer);
+    const auto result = parts_.packed_attention->forward(at::index_select(q, 0, plan.query_rows), cached(stored.keys),
+                                                         cached(stored.values), plan.sequences, shape.scale);
+    out.index_copy_(0, plan.query_rows, result.out.to(out.scalar_type()));
+}
+
+void AtenEngine::cached_attention_by_parts(const Tensor& qkv, const AttentionShape& shape, AtenKvCache& cache, std::int64_t layer,
+                                           std::span<const CachedSpan> spans, const Tensor& out)
+{
+    aten::CachedAttention& attention = *parts_.cached_attention;
+    const aten::CacheLayer stored = cache.layer(layer);
+    if (step_ != nullptr && step_->spans.data() == spans.data()) {
+        const aten::CachedRows rows{step_inputs_.select(0, 3), step_inputs_.select(0, 2), step_inputs_.select(0, 1)};
+        attention.append(view(qkv), shape, stored, rows);
+        attention.attend(view(qkv), shape, stored, rows, cache.capacity(), view(out));
+        return;
+    }
+    const CachedPlan& plan = cached_plan(spans, cache.capacity());
+    attention.append(view(qkv), shape, stored, plan.all);
+    for (const CachedSpan& span : spans) // a prefix may be that of an earlier span, whose own rows are there by now
+        copy_prefix(cache, layer, span);
+    if (plan.longest_single > 0)
+        attention.attend(view(qkv), shape, stored, plan.single, plan.longest_single, view(out));
+    prefill_attention(split(qkv, shape).q, shape, cache, layer, plan, view_heads(out, 0, shape.heads, shape.head_dim));
+}
 
 void AtenEngine::attention(const Tensor& qkv, const AttentionShape& shape, std::span<const Segment> segments,
                            const Tensor& out, const Tensor& lse)
@@ -178,6 +402,10 @@ void AtenEngine::attention(const Tensor& qkv, const AttentionShape& shape, std::
     const c10::InferenceMode no_autograd;
     if (qkv.rows == 0)
         return;
+    if (parts_.packed_attention) {
+        packed_attention(qkv, shape, segments, out, lse);
+        return;
+    }
     const Inputs in = split(qkv, shape);
     const at::Tensor out_heads = view_heads(out, 0, shape.heads, shape.head_dim);
     for (const Segment& segment : segments) {
@@ -203,6 +431,10 @@ void AtenEngine::attention_backward(const Tensor& qkv, const AttentionShape& sha
     const c10::InferenceMode no_autograd;
     if (qkv.rows == 0)
         return;
+    if (parts_.packed_attention) {
+        packed_attention_backward(qkv, shape, segments, out, lse, dout, dqkv);
+        return;
+    }
     const Inputs in = split(qkv, shape);
     const Inputs d_in = split(dqkv, shape);
     const at::Tensor out_heads = view_heads(out, 0, shape.heads, shape.head_dim);
@@ -228,6 +460,8 @@ void AtenEngine::attention_backward(const Tensor& qkv, const AttentionShape& sha
 std::unique_ptr<KvCache> AtenEngine::make_cache(std::int64_t layers, std::int64_t slots, std::int64_t capacity,
                                                 const AttentionShape& shape)
 {
+    if (parts_.cached_attention)
+        expect_head_dim_of_parts(shape);
     const c10::InferenceMode no_autograd;
     const auto options = at::TensorOptions(aten::scalar_type(activation_)).device(aten::at_device(device_));
     const auto sizes = {layers, slots, capacity, shape.kv_heads, shape.head_dim};
@@ -241,29 +475,23 @@ void AtenEngine::attention_cached(const Tensor& qkv, const AttentionShape& shape
     SELM_EXPECT(layer >= 0 && layer < store.layers());
     SELM_EXPECT(out.rows == qkv.rows && out.columns == shape.heads * shape.head_dim);
     for (const CachedSpan& span : spans)
-        expect_span(span, store, qkv.rows);
+        expect_span(span, store, qkv.rows, step_ != nullptr);
     const c10::InferenceMode no_autograd;
     if (spans.empty())
         return;
+    if (parts_.cached_attention) {
+        cached_attention_by_parts(qkv, shape, store, layer, spans, out);
+        return;
+    }
     const Inputs in = split(qkv, shape);
     const at::Tensor out_heads = view_heads(out, 0, shape.heads, shape.head_dim);
     for (const CachedSpan& span : spans) {
-        const at::Tensor keys = store.keys(layer, span.slot);
-        const at::Tensor values = store.values(layer, span.slot);
-        if (span.prefix_slot >= 0) {
-            keys.narrow(0, 0, span.position_begin).copy_(store.keys(layer, span.prefix_slot).narrow(0, 0, span.position_begin));
-            values.narrow(0, 0, span.position_begin).copy_(store.values(layer, span.prefix_slot).narrow(0, 0, span.position_begin));
-        }
-        keys.narrow(0, span.position_begin, span.count).copy_(in.k.narrow(0, span.row_begin, span.count));
-        values.narrow(0, span.position_begin, span.count).copy_(in.v.narrow(0, span.row_begin, span.count));
-        for (std::int64_t begin = 0; begin < span.count; begin += prefill_tile) {
-            const std::int64_t n = std::min(prefill_tile, span.count - begin);
-            const std::int64_t end = span.position_begin + begin + n;
-            const at::Tensor q = heads_first(in.q.narrow(0, span.row_begin + begin, n));
-            const Attended result =
-                attend(q, heads_first(keys.narrow(0, 0, end)), heads_first(values.narrow(0, 0, end)), shape);
-            out_heads.narrow(0, span.row_begin + begin, n).copy_(result.out.permute({1, 0, 2}));
-        }
+        if (span.slot < 0)
+            continue;
+        copy_prefix(store, layer, span);
+        store.keys(layer, span.slot).narrow(0, span.position_begin, span.count).copy_(in.k.narrow(0, span.row_begin, span.count));
+        store.values(layer, span.slot).narrow(0, span.position_begin, span.count).copy_(in.v.narrow(0, span.row_begin, span.count));
+        attend_span(in.q, shape, store, layer, span, out_heads);
     }
 }
 

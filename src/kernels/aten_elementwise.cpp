@@ -12,6 +12,7 @@
 
 namespace selm {
 
+using aten::add_rows;
 using aten::as_f32;
 using aten::index_tensor;
 using aten::view;
@@ -24,15 +25,6 @@ void expect_in_range(std::span<const Index> index, std::int64_t bound)
 {
     for (const Index i : index)
         SELM_EXPECT(i >= 0 && i < bound);
-}
-
-/// x[index[i]] += d[i], in order of i on every device.
-void add_rows(at::Tensor x, const at::Tensor& index, const at::Tensor& d)
-{
-    if (x.is_cpu())
-        x.index_add_(0, index, d);
-    else
-        x.index_put_({index.to(at::kLong)}, d, true); // sorts stably; index_add_ would use atomics
 }
 
 /// f32 copy of x in rows of a whole number of vectors, filled up with zeros: the rows may be one run, and yet every
@@ -60,7 +52,7 @@ void AtenEngine::embed(std::span<const std::int32_t> tokens, const Tensor& embed
     expect_in_range(tokens, embedding_VH.rows);
     const c10::InferenceMode no_autograd;
     if (!tokens.empty())
-        view(x_TH).copy_(at::index_select(view(embedding_VH), 0, index_tensor(tokens, embedding_VH.device)));
+        view(x_TH).copy_(at::index_select(view(embedding_VH), 0, embedding_VH.device == device_ ? index(tokens) : index_tensor(tokens, embedding_VH.device)));
 }
 
 void AtenEngine::embed_backward(std::span<const std::int32_t> tokens, const Tensor& dx_TH, const Tensor& d_embedding_VH)
@@ -69,7 +61,7 @@ void AtenEngine::embed_backward(std::span<const std::int32_t> tokens, const Tens
     expect_in_range(tokens, d_embedding_VH.rows);
     const c10::InferenceMode no_autograd;
     if (!tokens.empty())
-        add_rows(view(d_embedding_VH), index_tensor(tokens, device_), as_f32(view(dx_TH)));
+        add_rows(view(d_embedding_VH), index(tokens), as_f32(view(dx_TH)));
 }
 
 void AtenEngine::rms_norm(const Tensor& x_TH, const Tensor& gain, float eps, const Tensor& y_TH, const Tensor& rstd)
@@ -211,9 +203,9 @@ void AtenEngine::rope(const Tensor& qkv, const AttentionShape& shape, std::span<
     const c10::InferenceMode no_autograd;
     if (qkv.rows == 0)
         return;
-    const at::Tensor index = index_tensor(positions, device_);
-    const at::Tensor c = at::index_select(view(cos), 0, index).unsqueeze(1);
-    at::Tensor s = at::index_select(view(sin), 0, index).unsqueeze(1);
+    const at::Tensor rows = index(positions);
+    const at::Tensor c = at::index_select(view(cos), 0, rows).unsqueeze(1);
+    at::Tensor s = at::index_select(view(sin), 0, rows).unsqueeze(1);
     if (backward)
         s.neg_();
     at::Tensor heads = view_heads(qkv, 0, shape.heads + shape.kv_heads, shape.head_dim);
@@ -264,13 +256,13 @@ void AtenEngine::swiglu_backward(const Tensor& gate_up, const Tensor& da_TI, con
     up_out.copy_(d_up);
 }
 
-void AtenEngine::gather_rows(const Tensor& x, std::span<const std::int64_t> index, const Tensor& out)
+void AtenEngine::gather_rows(const Tensor& x, std::span<const std::int64_t> rows, const Tensor& out)
 {
-    SELM_EXPECT(static_cast<std::int64_t>(index.size()) == out.rows && out.columns == x.columns);
-    expect_in_range(index, x.rows);
+    SELM_EXPECT(static_cast<std::int64_t>(rows.size()) == out.rows && out.columns == x.columns);
+    expect_in_range(rows, x.rows);
     const c10::InferenceMode no_autograd;
     if (!out.empty())
-        view(out).copy_(at::index_select(view(x), 0, index_tensor(index, device_)));
+        view(out).copy_(at::index_select(view(x), 0, index(rows)));
 }
 
 void AtenEngine::convert(const Tensor& from, const Tensor& to)
@@ -281,13 +273,13 @@ void AtenEngine::convert(const Tensor& from, const Tensor& to)
         view(to).copy_(view(from));
 }
 
-void AtenEngine::scatter_add_rows(const Tensor& d, std::span<const std::int64_t> index, const Tensor& x)
+void AtenEngine::scatter_add_rows(const Tensor& d, std::span<const std::int64_t> rows, const Tensor& x)
 {
-    SELM_EXPECT(static_cast<std::int64_t>(index.size()) == d.rows && d.columns == x.columns && x.dtype == DType::f32);
-    expect_in_range(index, x.rows);
+    SELM_EXPECT(static_cast<std::int64_t>(rows.size()) == d.rows && d.columns == x.columns && x.dtype == DType::f32);
+    expect_in_range(rows, x.rows);
     const c10::InferenceMode no_autograd;
     if (!d.empty())
-        add_rows(view(x), index_tensor(index, device_), as_f32(view(d)));
+        add_rows(view(x), index(rows), as_f32(view(d)));
 }
 
 } // namespace selm

@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <utility>
 
+#include "aten_kv_cache.hpp"
 #include "aten_view.hpp"
 #include "engines.hpp"
 
@@ -25,6 +26,7 @@ using aten::view;
 struct AtenEngine::Memory {
     std::int64_t now = 0;
     std::int64_t peak = 0;
+    std::int64_t allocations = 0;
 };
 
 namespace {
@@ -129,11 +131,13 @@ void score_chunk(at::Tensor logits, std::span<const std::int32_t> targets, Devic
 
 } // namespace
 
-AtenEngine::AtenEngine(const EngineOptions& options)
+AtenEngine::AtenEngine(const EngineOptions& options, aten::Parts parts)
     : memory_(std::make_shared<Memory>()), device_(options.device),
-      activation_(options.device == Device::cpu ? DType::f32 : options.activation), threads_(options.threads)
+      activation_(options.device == Device::cpu ? DType::f32 : options.activation), threads_(options.threads),
+      parts_(std::move(parts))
 {
     SELM_EXPECT(options.threads >= 1);
+    SELM_EXPECT(!parts_.recorder || parts_.cached_attention); // what else a step does is decided on the host
     at::set_num_threads(options.threads);
 }
 
@@ -141,8 +145,9 @@ AtenEngine::~AtenEngine() = default;
 
 std::string AtenEngine::description() const
 {
-    return cat("aten (LibTorch ", TORCH_VERSION, ", ", device_ == Device::cpu ? at::get_cpu_capability() : "CUDA", ", ",
-               threads_, threads_ == 1 ? " thread)" : " threads)");
+    return cat("aten (LibTorch ", TORCH_VERSION, ", ", device_ == Device::cpu ? at::get_cpu_capability() : "CUDA",
+               device_ == Device::cpu ? "" : parts_.packed_attention ? ", flash attention" : ", attention by products of f32",
+               ", ", threads_, threads_ == 1 ? " thread)" : " threads)");
 }
 
 // --- memory ---------------------------------------------------------------------------------------------------------
@@ -155,6 +160,7 @@ Tensor AtenEngine::allocate(std::int64_t rows, std::int64_t columns, DType dtype
         at::empty({rows, columns}, at::TensorOptions(aten::scalar_type(dtype)).device(aten::at_device(device_)));
     const auto bytes = rows * columns * static_cast<std::int64_t>(size_of(dtype));
     memory_->now += bytes;
+    ++memory_->allocations;
     memory_->peak = std::max(memory_->peak, memory_->now);
     void* data = block.data_ptr();
     std::shared_ptr<void> storage(data, [block, bytes, memory = memory_](void*) { memory->now -= bytes; });
@@ -337,6 +343,82 @@ void AtenEngine::head_log_probs_backward(const Tensor& h_RH, const PackedWeight&
     }
 }
 
+// --- repeated steps -------------------------------------------------------------------------------------------------
+
+at::Tensor AtenEngine::index(std::span<const std::int32_t> values) const
+{
+    if (step_ != nullptr && values.data() == step_->tokens.data())
+        return step_inputs_.select(0, 0);
+    if (step_ != nullptr && values.data() == step_->positions.data())
+        return step_inputs_.select(0, 1);
+    return aten::index_tensor(values, device_);
+}
+
+at::Tensor AtenEngine::index(std::span<const std::int64_t> values) const
+{
+    return step_ != nullptr && values.data() == step_->rows.data() ? step_inputs_.select(0, 3) : aten::index_tensor(values, device_);
+}
+
+std::int64_t AtenEngine::step_rows(std::int64_t rows) const
+{
+    // Few numbers of rows mean few recordings.
+    constexpr std::int64_t tile = 8;
+    if (!parts_.recorder || rows <= 2)
+        return rows;
+    return rows <= 4 ? 4 : (rows + tile - 1) / tile * tile;
+}
+
+void AtenEngine::run_step(const SingleTokenStep& step, KvCache& cache, const std::function<void()>& body)
+{
+    const std::size_t rows = step.tokens.size();
+    SELM_EXPECT(step_ == nullptr && step.positions.size() == rows && step.spans.size() == rows && step.rows.size() == rows);
+    if (!parts_.recorder || rows == 0) {
+        body();
+        return;
+    }
+    const c10::InferenceMode no_autograd;
+    RecordedStep& recorded = dynamic_cast<AtenKvCache&>(cache).recorded_step(static_cast<std::int64_t>(rows));
+    std::vector<std::int32_t> inputs(step.tokens.begin(), step.tokens.end());
+    inputs.insert(inputs.end(), step.positions.begin(), step.positions.end());
+    for (const CachedSpan& span : step.spans)
+        inputs.push_back(static_cast<std::int32_t>(span.slot));
+    for (const std::int64_t row : step.rows)
+        inputs.push_back(static_cast<std::int32_t>(row));
+    const at::Tensor host = aten::index_tensor(inputs, Device::cpu).view({4, static_cast<std::int64_t>(rows)});
+    if (!recorded.inputs.defined())
+        recorded.inputs = at::empty(host.sizes(), host.options().device(aten::at_device(device_)));
+    recorded.inputs.copy_(host);
+
+    // A recorder may keep it: all it refers to stays where it is as long as the cache.
+    const auto run = [this, &recorded, step, body] {
+        step_ = &step;
+        step_inputs_ = recorded.inputs;
+        struct End {
+            AtenEngine& engine;
+            ~End()
+            {
+                engine.step_ = nullptr;
+                engine.step_inputs_ = at::Tensor();
+            }
+        } const end{*this};
+        body();
+    };
+    const bool nothing_moved = recorded.has_run && recorded.allocations == memory_->allocations;
+    if (!nothing_moved) {
+        // The first run allocates, and lets libraries prepare what they cannot while the device records.
+        recorded.recording.reset();
+        run();
+        recorded.has_run = true;
+        recorded.allocations = memory_->allocations;
+        return;
+    }
+    if (!recorded.recording) {
+        recorded.recording = parts_.recorder->record(run);
+        SELM_EXPECT(recorded.allocations == memory_->allocations);
+    }
+    recorded.recording->replay();
+}
+
 // --- factory --------------------------------------------------------------------------------------------------------
 
 std::unique_ptr<Engine> make_aten_engine(const EngineOptions& options)
@@ -352,6 +434,10 @@ std::unique_ptr<Engine> make_aten_engine(const EngineOptions& options)
                            "Build the preset \"cuda\", or pass --device cpu");
 #endif
     }
+#ifdef SELM_ENABLE_CUDA
+    if (options.device == Device::cuda)
+        return std::make_unique<AtenEngine>(options, aten::make_cuda_parts(options.activation));
+#endif
     return std::make_unique<AtenEngine>(options);
 }
 
@@ -360,4 +446,9 @@ std::unique_ptr<Engine> make_aten_engine(const EngineOptions& options)
 extern "C" selm::Engine* selm_make_aten_engine(const selm::EngineOptions& options)
 {
     return selm::make_aten_engine(options).release();
+}
+
+extern "C" selm::Engine* selm_make_aten_engine_of(const selm::EngineOptions& options, selm::aten::Parts& parts)
+{
+    return new selm::AtenEngine(options, std::move(parts));
 }

@@ -63,6 +63,14 @@ at::Tensor float_tensor(std::span<const float> values, Device device)
     return host_vector(values.data(), values.size(), at::kFloat, device);
 }
 
+void add_rows(at::Tensor x, const at::Tensor& index, const at::Tensor& d)
+{
+    if (x.is_cpu())
+        x.index_add_(0, index, d);
+    else
+        x.index_put_({index.to(at::kLong)}, d, true); // sorts stably; index_add_ would use atomics
+}
+
 at::Tensor as_f32(const at::Tensor& x) { return x.to(at::kFloat); }
 
 at::Tensor heads_first(const at::Tensor& x)

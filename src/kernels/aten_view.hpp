@@ -24,6 +24,9 @@ at::Tensor index_tensor(std::span<const std::int32_t> values, Device device);
 at::Tensor index_tensor(std::span<const std::int64_t> values, Device device);
 at::Tensor float_tensor(std::span<const float> values, Device device);
 
+/// x[index[i]] += d[i], in order of i on every device.
+void add_rows(at::Tensor x, const at::Tensor& index, const at::Tensor& d);
+
 /// f32 values of x; x itself when it is f32.
 at::Tensor as_f32(const at::Tensor& x);
 

@@ -160,7 +160,7 @@ class Generator {
               std::int64_t slots, std::int64_t capacity, Journal& journal, ProgressReporter& progress,
               StopCondition& stop, Communicator& comm)
         : options_(options), language_(language), prompts_(prompts), model_(model), journal_(journal),
-          progress_(progress), stop_(stop), comm_(comm), session_(model.decoder(), slots, capacity),
+          progress_(progress), stop_(stop), comm_(comm), session_(model.decoder(), slots, capacity, options.cuda_graphs),
           batch_(batch_options(slots), [this](std::span<const DecodeWork> work) { return run_step(work); })
     {
     }

@@ -35,6 +35,8 @@ void GenerateOptions::describe(OptionVisitor& visitor)
     visitor.option("gen", "slots", slots, "sequences decoded together per rank", OptionRole::operational);
     visitor.option("gen", "prefill-tokens", prefill_tokens, "tokens of prompts read per step", OptionRole::operational);
     visitor.option("gen", "share-prefixes", share_prefixes, "on|off: what prompts begin with alike is read once", OptionRole::operational);
+    visitor.option("gen", "cuda-graphs", cuda_graphs, "on|off: with --device cuda, decoding steps are repeated as CUDA graphs",
+                   OptionRole::operational);
     visitor.option("gen", "on-long-prompt", on_long_prompt, "a prompt that fills the model's context: stop|skip",
                    OptionRole::recipe);
     visitor.option("gen", "responses", responses, "FILE.jsonl with answers made elsewhere, or none; empty: generate",

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -75,6 +76,14 @@ struct CachedSpan {
     std::int64_t prefix_slot = -1;
 };
 inline constexpr std::int64_t prefill_tile = 64;
+
+/// A step of one token per row, and so of one span of one row each, in order. All arrays are of one length. A span's slot is -1
+/// where the row belongs to no sequence: such rows fill a step up to Engine::step_rows, their results mean nothing.
+struct SingleTokenStep {
+    std::span<const std::int32_t> tokens, positions;
+    std::span<const CachedSpan> spans;
+    std::span<const std::int64_t> rows; ///< 0, 1, 2, ...: a gather of all rows
+};
 
 /**
  * @brief The operations that models are written in, forward and explicit backward, on one device.
@@ -194,6 +203,21 @@ class Engine {
     /// Writes this step's keys and values into the cache, then attends each token to its sequence up to itself; span by span.
     virtual void attention_cached(const Tensor& qkv, const AttentionShape& shape, KvCache& cache, std::int64_t layer,
                                   std::span<const CachedSpan> spans, const Tensor& out) = 0;
+    /// At least `rows`: of how many rows a step of so many sequences is best made up.
+    virtual std::int64_t step_rows(std::int64_t rows) const { return rows; }
+    /**
+     * @brief Runs `body`, which calls this engine's operations with the arrays of `step` and with `cache`.
+     *
+     * An engine may record what its device does meanwhile, and at a later step of as many rows repeat that instead of running
+     * body. So body does the same for every step of this cache with so many rows: to the same matrices and weights, with
+     * nothing from the host but the arrays of `step`, and to no other end. What was recorded is let go when the engine
+     * allocates, as buffers may then be others.
+     */
+    virtual void run_step(const SingleTokenStep& step, KvCache& cache, const std::function<void()>& body)
+    {
+        static_cast<void>(step), static_cast<void>(cache);
+        body();
+    }
 
     // --- output head ------------------------------------------------------------------------------------------------
     /// logits f32 [R, V].

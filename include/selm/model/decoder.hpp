@@ -137,7 +137,8 @@ struct DecodeWork {
 /// for depends on its work.
 class DecodeSession {
   public:
-    DecodeSession(Decoder& decoder, std::int64_t slots, std::int64_t capacity);
+    /// @param repeat_steps steps of single tokens alone go through Engine::run_step.
+    DecodeSession(Decoder& decoder, std::int64_t slots, std::int64_t capacity, bool repeat_steps = true);
     ~DecodeSession();
     /// Runs one step; result: f32 logits [number of works that want them, V] in work order, valid until the next step.
     Tensor step(std::span<const DecodeWork> work);

@@ -27,6 +27,7 @@ struct GenerateOptions {
     std::int64_t top_k = 0;                ///< 0: off
     std::int64_t slots = 16;               ///< sequences decoded together per rank
     std::int64_t prefill_tokens = 256;     ///< of prompts read per step beside the decoding sequences
+    bool cuda_graphs = true;               ///< on CUDA devices, steps of single tokens are repeated as CUDA graphs
     bool share_prefixes = true;            ///< what prompts begin with alike is read once (the data do not depend on it)
     std::string on_long_prompt = "stop";   ///< stop | skip
     std::string responses;                 ///< F.jsonl with answers made elsewhere, or "none"; empty: generate

@@ -151,6 +151,7 @@ TEST_P(AttentionTest, a_segment_does_not_depend_on_others)
 }
 
 SELM_INSTANTIATE_ENGINES_AND_BF16(AttentionTest);
+SELM_INSTANTIATE_ATEN_PARTS(AttentionTest);
 
 } // namespace
 } // namespace selm

@@ -210,6 +210,7 @@ TEST_P(CachedAttentionTest, a_slot_is_used_again)
 }
 
 SELM_INSTANTIATE_ENGINES_AND_BF16(CachedAttentionTest);
+SELM_INSTANTIATE_ATEN_PARTS(CachedAttentionTest);
 
 } // namespace
 } // namespace selm

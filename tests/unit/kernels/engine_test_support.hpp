@@ -19,6 +19,9 @@ namespace selm {
 
 using reference::Matrix;
 
+/// The aten engine with the parts that it has on CUDA devices, computed on the CPU.
+std::unique_ptr<Engine> make_aten_engine_with_parts();
+
 /// f32 values (as doubles) from a normal distribution.
 inline Matrix random_matrix(std::int64_t rows, std::int64_t columns, unsigned seed, double deviation = 1)
 {
@@ -123,7 +126,7 @@ class EngineTest : public ::testing::TestWithParam<std::string> {
     void SetUp() override
     {
         try {
-            engine_ = make_engine(options());
+            engine_ = GetParam() == "aten_parts" ? make_aten_engine_with_parts() : make_engine(options());
         } catch (const Error& error) {
             ASSERT_NE(GetParam(), "aten") << error.what(); // it runs everywhere
             GTEST_SKIP() << error.what(); // xsmm needs a CPU with AVX2 and FMA, aten_cuda a GPU
@@ -151,7 +154,7 @@ class EngineTest : public ::testing::TestWithParam<std::string> {
             return {.engine = "aten", .device = Device::cuda, .activation = DType::f32};
         if (has_bf16_operands())
             return {.engine = "xsmm", .products = DType::bf16};
-        return {.engine = GetParam()};
+        return {.engine = GetParam() == "aten_parts" ? "aten" : GetParam()};
     }
 
     static bool has_bf16_operands() { return GetParam() == "xsmm_bf16"; }
@@ -253,5 +256,8 @@ inline std::string engine_name(const ::testing::TestParamInfo<std::string>& info
 /// Suites that bf16 operands take part in besides.
 #define SELM_INSTANTIATE_ENGINES_AND_BF16(suite)                                                                       \
     INSTANTIATE_TEST_SUITE_P(Engines, suite, ::testing::Values(SELM_TEST_ENGINES, "xsmm_bf16"), ::selm::engine_name)
+/// Suites of attention: also the parts of the aten engine.
+#define SELM_INSTANTIATE_ATEN_PARTS(suite)                                                                             \
+    INSTANTIATE_TEST_SUITE_P(AtenParts, suite, ::testing::Values("aten_parts"), ::selm::engine_name)
 #define SELM_INSTANTIATE_ENGINES(suite)                                                                                \
     INSTANTIATE_TEST_SUITE_P(Engines, suite, ::testing::Values(SELM_TEST_ENGINES), ::selm::engine_name)

@@ -206,25 +206,30 @@ struct Attention {
     Matrix lse; ///< [NH, T]
 };
 
+/// One row of a result, from the keys that it sees.
+inline void attend_row(const Matrix& qkv, const selm::AttentionShape& shape, std::int64_t row,
+                       std::span<const std::int64_t> keys, Attention& result)
+{
+    for (std::int64_t head = 0; head < shape.heads; ++head) {
+        const Columns at = columns_of(shape, head);
+        const std::vector<double> scores = scaled_scores(qkv, shape, row, at, keys);
+        const double lse = log_sum_exp(scores);
+        result.lse(head, row) = lse;
+        for (std::size_t j = 0; j < keys.size(); ++j) {
+            const double p = std::exp(scores[j] - lse);
+            for (std::int64_t d = 0; d < shape.head_dim; ++d)
+                result.out(row, at.q + d) += p * qkv(keys[j], at.v + d);
+        }
+    }
+}
+
 inline Attention attention(const Matrix& qkv, const selm::AttentionShape& shape,
                            std::span<const selm::Segment> segments)
 {
     Attention result{Matrix(qkv.rows, shape.heads * shape.head_dim), Matrix(shape.heads, qkv.rows)};
     for (const selm::Segment& segment : segments) {
-        for (std::int64_t row = segment.begin; row < segment.begin + segment.length; ++row) {
-            const std::vector<std::int64_t> keys = visible_rows(segments, segment, row);
-            for (std::int64_t head = 0; head < shape.heads; ++head) {
-                const Columns at = columns_of(shape, head);
-                const std::vector<double> scores = scaled_scores(qkv, shape, row, at, keys);
-                const double lse = log_sum_exp(scores);
-                result.lse(head, row) = lse;
-                for (std::size_t j = 0; j < keys.size(); ++j) {
-                    const double p = std::exp(scores[j] - lse);
-                    for (std::int64_t d = 0; d < shape.head_dim; ++d)
-                        result.out(row, at.q + d) += p * qkv(keys[j], at.v + d);
-                }
-            }
-        }
+        for (std::int64_t row = segment.begin; row < segment.begin + segment.length; ++row)
+            attend_row(qkv, shape, row, visible_rows(segments, segment, row), result);
     }
     return result;
 }
