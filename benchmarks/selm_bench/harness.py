@@ -208,6 +208,16 @@ class Bench:
         return self.made(f"answers-{rows}.h5", lambda path: self.selm("selm_gen", "--data", prefs, "--responses", lines, "--output", path, ranks=1)), lines
 
     def roofline(self, ranks=None):
+        """Peaks of what computes: as cpu_roofline, with --device cuda those of one GPU (whatever `ranks`) and its name under "device"."""
+        if self.a.device == "cpu":
+            return self.cpu_roofline(ranks)
+        if "cuda" not in self.cached_roofline:
+            peaks = self.python("cuda_peaks", "--dtype", "bfloat16" if self.a.dtype == "bf16" else "float32")
+            self.cached_roofline["cuda"] = {"device": peaks["device"], "flops": max(peaks["flops"]), "bytes": max(peaks["bytes"]),
+                                            "samples": {key: peaks[key] for key in ("flops", "bytes")}}
+        return self.cached_roofline["cuda"]
+
+    def cpu_roofline(self, ranks=None):
         """Peaks of `ranks` cores at once, measured once in a run: {"flops": per s, "bytes": per s, samples}."""
         ranks = ranks or self.a.ranks
         if ranks not in self.cached_roofline:

@@ -68,9 +68,10 @@ def run_work(bench, kind, make, about):
     if work.measured_before:
         work.others_cores = others.cores()
     dtype = "" if kind in WITHOUT_DTYPE else bench.a.dtype
-    name = work.name + ("-" + dtype if dtype else "")
+    on_gpu = ["cuda"] if dtype and bench.a.device == "cuda" else []
+    name = "-".join([work.name, *([dtype] if dtype else []), *on_gpu])
     if dtype:
-        work.what += f" ({dtype})"
+        work.what += f" ({', '.join([dtype, *on_gpu])})"
     before = earlier(bench.a.results, name, work, about) if bench.a.add else None
     this_run = {key: about[key] for key in ("commit", "when", "command", "versions")}
     this_run["load_before"] = load
@@ -78,8 +79,9 @@ def run_work(bench, kind, make, about):
              "in_summary": work.in_summary}
 
     def save(result):
-        if bench.a.ranks in bench.cached_roofline:
-            this_run["roofline"] = bench.cached_roofline[bench.a.ranks]
+        measured = "cuda" if bench.a.device == "cuda" else bench.a.ranks
+        if measured in bench.cached_roofline:
+            this_run["roofline"] = bench.cached_roofline[measured]
         result.update(about, runs=[*(before["runs"] if before else []), this_run])
         write(bench.a.results, name, result)
 

@@ -99,7 +99,8 @@ class Training:
         logp = pairs.log_probs(path, ranks)
         shutil.rmtree(output, ignore_errors=True)
         done = bench.selm("selm_train", "--iter", path, "--policy", bench.a.model, "--output", output, "--global-batch", pairs.rows // STEPS, "--shuffle", "off",
-                          "--learning-rate", LEARNING_RATE, "--schedule", "constant", "--warmup-ratio", 0, "--alpha", alpha, "--beta", BETA, *pairs.common(), *words, ranks=ranks, memory=True)
+                          "--learning-rate", LEARNING_RATE, "--schedule", "constant", "--warmup-ratio", 0, "--alpha", alpha, "--beta", BETA, *pairs.common(), *words,
+                          *(["--offload", "optimizer"] if bench.a.device == "cuda" else []), ranks=ranks, memory=True)
         with open(os.path.join(output, "metrics.jsonl")) as file:
             steps = [json.loads(line) for line in file]
         shutil.rmtree(output)
@@ -139,6 +140,7 @@ def train_work(bench):
                    Contestant(trl, lambda r: training.peer("trl_dpo"), slow), Contestant(precomputed, lambda r: training.peer("trl_dpo", "--precompute"), slow)]
     if ranks > 1:
         contestants.insert(1, Contestant(one, lambda r: training.ours(1, 0.001)))
+    if ranks > 1 and bench.a.device == "cpu":
         contestants.insert(2, Contestant(least, lambda r: training.ours(ranks, 0.001, "--recompute", "layers", "--zero", 3), slow))
     if bench.a.device == "cpu" and bench.a.deepspeed:
         contestants.append(Contestant(zero, lambda r: training.peer("zero_step"), slow))

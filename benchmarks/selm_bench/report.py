@@ -108,7 +108,8 @@ def peaks_text(result):
     if not peaks:
         return []
     between = lambda values, form: " to ".join(dict.fromkeys(format(value / 1e9, form) for value in (min(values), max(values))))
-    return [f"Peaks of {peaks[0]['ranks']} cores at once, measured in the same runs: {between([p['flops'] for p in peaks], '.0f')} GF/s in registers, "
+    of, where = (peaks[0]["device"], "in products of large matrices") if "device" in peaks[0] else (f"{peaks[0]['ranks']} cores at once", "in registers")
+    return [f"Peaks of {of}, measured in the same runs: {between([p['flops'] for p in peaks], '.0f')} GF/s {where}, "
             f"{between([p['bytes'] for p in peaks], '.1f')} GB/s of memory."]
 
 

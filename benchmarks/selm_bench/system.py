@@ -165,7 +165,7 @@ def adamw_works(bench):
 
 
 def adamw_work(bench):
-    lines = bench.roofline()["samples"]
+    lines = bench.cpu_roofline()["samples"]
     update, read = statistics.median(lines["update"]["samples"]), statistics.median(lines["read"]["samples"])
     bandwidth = max(update, read)
     shares = lambda what: [{"gb_per_s": value, "bandwidth_share": value / bandwidth} for value in lines[what]["samples"]]
