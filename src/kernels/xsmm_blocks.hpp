@@ -24,13 +24,13 @@ inline void place_tile(const float* from, std::int64_t from_stride, std::int64_t
             to[column] = add ? to[column] + from[column] : from[column];
 }
 
-/// to = from + bias, bias a row.
-inline void place_tile_on(const float* bias, const float* from, std::int64_t from_stride, std::int64_t rows,
-                          std::int64_t columns, float* to, std::int64_t to_stride)
+/// to = before + from; before may be to. A before_stride of 0: the same row, a bias, for all.
+inline void place_tile_on(const float* before, std::int64_t before_stride, const float* from, std::int64_t from_stride,
+                          std::int64_t rows, std::int64_t columns, float* to, std::int64_t to_stride)
 {
-    for (std::int64_t row = 0; row < rows; ++row, from += from_stride, to += to_stride)
+    for (std::int64_t row = 0; row < rows; ++row, before += before_stride, from += from_stride, to += to_stride)
         for (std::int64_t column = 0; column < columns; ++column)
-            to[column] = from[column] + bias[column];
+            to[column] = before[column] + from[column];
 }
 
 /// LIBXSMM counts in 32 bits.

@@ -290,7 +290,7 @@ class XsmmEngine final : public Engine {
     bool wants_bf16_ = false; ///< asked for
     bool uses_bf16_ = false;  ///< operands of products are bf16
     MemoryPool memory_;
-    Scratch expanded_, rounded_rows_, x_panels_, dy_transposed_, score_tile_, output_tile_, keys_transposed_, backward_tiles_,
+    Scratch expanded_, row_sums_, rounded_rows_, x_panels_, dy_transposed_, score_tile_, output_tile_, keys_transposed_, backward_tiles_,
         decode_scores_, logit_tile_, logit_gradient_, head_rows_, relative_blocks_, contents_, values_transposed_,
         content_to_position_, position_to_content_, relative_gradient_, position_gradient_, gradient_operands_;
     std::vector<KeyTile> key_tiles_;

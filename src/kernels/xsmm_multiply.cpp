@@ -109,6 +109,9 @@ void XsmmEngine::multiply_libxsmm(const PanelProduct& p)
     const bool is_bf16 = p.panels.bf16 != nullptr;
     float* const expanded = is_bf16 ? expanded_.get(depth * width) : nullptr;
     alignas(64) float tile[rows_per_call * most_panel_width];
+    // Rows of y lie far apart, often by a multiple of 4096 bytes, and so share few lines of the L1 cache: sums that go on from slice to
+    // slice wait in rows one behind the other.
+    float* const sums = p.inputs > depth ? row_sums_.get(std::min(sweep_rows, p.rows) * width) : nullptr;
     const std::int64_t panel_elements = p.panel_elements == 0 ? p.inputs * width : p.panel_elements;
     SELM_EXPECT(width <= most_panel_width);
     for (std::int64_t sweep = 0; sweep < p.rows; sweep += sweep_rows) {
@@ -121,13 +124,14 @@ void XsmmEngine::multiply_libxsmm(const PanelProduct& p)
                 if (is_bf16)
                     expand(slice.bf16, count * width, expanded);
                 const float* const panel = is_bf16 ? expanded : slice.f32;
-                const bool add = p.accumulate || input > 0, add_bias = p.bias != nullptr && input == 0;
+                const bool is_last = input + count == p.inputs, add = p.accumulate || p.bias != nullptr || input > 0;
+                const std::int64_t to_stride = is_last ? p.y_stride : width;
                 GemmShape shape{.m = narrow(outputs),
                                 .n = 0,
                                 .k = narrow(count),
                                 .lda = narrow(width),
                                 .ldb = narrow(p.x_stride),
-                                .ldc = narrow(add || add_bias ? width : p.y_stride),
+                                .ldc = narrow(add ? width : to_stride),
                                 .accumulate = false};
                 GemmKernel kernel;
                 for (std::int64_t row = sweep; row < sweep_end; row += rows_per_call) {
@@ -137,11 +141,15 @@ void XsmmEngine::multiply_libxsmm(const PanelProduct& p)
                         kernel = kernels_.find(shape);
                     }
                     float* const y = p.y + row * p.y_stride + output;
-                    kernel(panel, p.x + row * p.x_stride + input, add || add_bias ? tile : y);
-                    if (add)
-                        place_tile(tile, width, rows, outputs, true, y, p.y_stride);
-                    else if (add_bias)
-                        place_tile_on(p.bias + output, tile, width, rows, outputs, y, p.y_stride);
+                    float* const own_sums = sums == nullptr ? nullptr : sums + (row - sweep) * width;
+                    float* const to = is_last ? y : own_sums;
+                    kernel(panel, p.x + row * p.x_stride + input, add ? tile : to);
+                    if (input > 0)
+                        place_tile_on(own_sums, width, tile, width, rows, outputs, to, to_stride);
+                    else if (p.bias != nullptr)
+                        place_tile_on(p.bias + output, 0, tile, width, rows, outputs, to, to_stride);
+                    else if (p.accumulate)
+                        place_tile_on(y, p.y_stride, tile, width, rows, outputs, to, to_stride);
                 }
             }
         }
