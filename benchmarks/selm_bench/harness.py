@@ -236,6 +236,15 @@ def number(pattern, text):
     return float(found.group(1))
 
 
+def without(result, names):
+    """@p result without the samples of these sides, and without the runs that no sample is left of."""
+    samples = {name: [] if name in names else kept for name, kept in result["samples"].items()}
+    used = sorted({sample["run"] for kept in samples.values() for sample in kept})
+    place = {run: i for i, run in enumerate(used)}
+    return dict(result, runs=[result["runs"][run] for run in used],
+                samples={name: [dict(sample, run=place[sample["run"]]) for sample in kept] for name, kept in samples.items()})
+
+
 def measure(work, repetitions, save, log=lambda text: print(text, file=sys.stderr, flush=True), before=None):
     """All contestants in turns, every second time in the opposite order. A contestant that fails is left out, with the reason.
     Samples are added to those of @p before, an earlier result of the same work."""
@@ -293,6 +302,7 @@ def parse(words, doc):
     parser.add_argument("--skip", default="", help="contestants that are left out, words of their names with commas between (trl,deepspeed,1 rank)")
     parser.add_argument("--only", default="", help="the contestants that run, words of their names with commas between (all)")
     parser.add_argument("--add", action="store_true", help="to the samples of an earlier run of the same work on the same machine")
+    parser.add_argument("--anew", action="store_true", help="with --add: the sides that are measured lose their earlier samples (their code is another one)")
     parser.add_argument("--keep", metavar="DIR", help="inputs (imported rows, token ids, converted weights) are taken from here, and stay here")
     parser.add_argument("--deepspeed", action="store_true", help="train: also DeepSpeed's ZeRO-1 on CPU ranks (compiles its communication first)")
     parser.add_argument("--limit", type=float, default=3600, help="seconds of one repetition of one side; then it is ended and left out (3600)")

@@ -17,7 +17,7 @@ import sys
 import time
 
 from . import generation, machine, pairs, ranking, report, system
-from .harness import ROOT, WORKS, Bench, Failed, measure, parse
+from .harness import ROOT, WORKS, Bench, Failed, measure, parse, without
 
 MAKERS = {"generate": generation.works, "rank": ranking.rank_works, "reward": ranking.reward_works, "logprob": pairs.logprob_works, "train": pairs.train_works,
           **system.WORKS}
@@ -73,6 +73,8 @@ def run_work(bench, kind, make, about):
     if dtype:
         work.what += f" ({', '.join([dtype, *on_gpu])})"
     before = earlier(bench.a.results, name, work, about) if bench.a.add else None
+    if before and bench.a.anew:
+        before = without(before, {contestant.name for contestant in work.contestants})
     this_run = {key: about[key] for key in ("commit", "when", "command", "versions")}
     this_run["load_before"] = load
     about = {"hardware": about["hardware"], "dtype": dtype, "ranks": bench.a.ranks, "device": bench.a.device, "comparisons": [vars(c) for c in work.comparisons],

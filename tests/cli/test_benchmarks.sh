@@ -101,6 +101,17 @@ assert order == [0, 0, 1], order
 assert {name: len(samples) for name, samples in added["samples"].items()} == {"ours": 3, "peer": 3, "once": 1, "broken": 3}
 assert [sample["run"] for sample in added["samples"]["broken"]] == [0, 1, 1] and added["left_out"] == {}
 
+# A side that is measured anew loses its samples, and with them the runs that no sample is left of.
+added["runs"] = [{"commit": "first"}, {"commit": "second"}]
+anew = harness.without(added, {"broken"})
+assert anew["samples"]["broken"] == [] and anew["runs"] == [{"commit": "first"}] and len(added["samples"]["broken"]) == 3
+anew = harness.without(added, {"ours", "peer", "once"})
+assert [sample["run"] for sample in anew["samples"]["broken"]] == [0, 1, 1] and len(anew["runs"]) == 2
+for sample in added["samples"]["broken"]:
+    sample["run"] = 1
+anew = harness.without(added, {"ours", "peer", "once"})
+assert [sample["run"] for sample in anew["samples"]["broken"]] == [0, 0, 0] and anew["runs"] == [{"commit": "second"}]
+
 # Inputs that are kept are made once, and are of one model.
 arguments = harness.parse(["train", "--keep", "kept"], "")
 bench = harness.Bench(arguments)
