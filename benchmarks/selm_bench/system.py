@@ -198,6 +198,12 @@ def collective_work(bench):
                         ["`benchmarks/comm/run` has all sizes, and what ours does more than the plain call."])
 
 
+def in_table_order(name):
+    """Kernels of all engines side by side, sizes by number."""
+    engine, _, kernel = name.partition("/")
+    return [(0, int(word)) if word.isdigit() else (1, word) for word in kernel.split("/")], engine
+
+
 def kernel_works(bench):
     yield lambda: kernel_work(bench)
 
@@ -212,6 +218,7 @@ def kernel_work(bench):
     for line in json.loads("{" + text)["benchmarks"]:
         if line["run_type"] == "iteration":
             samples.setdefault(line["run_name"], []).append({"gflops": line.get("flops", 0) / 1e9, "per_s": 1e3 / line["real_time"], "gb_per_s": line.get("bytes", 0) / 1e9})
+    samples = dict(sorted(samples.items(), key=lambda item: in_table_order(item[0])))  # they come in the order in which they ended
     for name in samples:
         fast, _, kernel = name.partition("/")
         if fast == "xsmm" and "aten/" + kernel in samples:

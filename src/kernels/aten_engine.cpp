@@ -17,6 +17,7 @@
 #include "aten_kv_cache.hpp"
 #include "aten_view.hpp"
 #include "engines.hpp"
+#include "selm/base/scope_end.hpp"
 
 namespace selm {
 
@@ -393,14 +394,10 @@ void AtenEngine::run_step(const SingleTokenStep& step, KvCache& cache, const std
     const auto run = [this, &recorded, step, body] {
         step_ = &step;
         step_inputs_ = recorded.inputs;
-        struct End {
-            AtenEngine& engine;
-            ~End()
-            {
-                engine.step_ = nullptr;
-                engine.step_inputs_ = at::Tensor();
-            }
-        } const end{*this};
+        const ScopeEnd end([this] {
+            step_ = nullptr;
+            step_inputs_ = at::Tensor();
+        });
         body();
     };
     const bool nothing_moved = recorded.has_run && recorded.allocations == memory_->allocations;

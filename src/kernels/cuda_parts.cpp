@@ -28,20 +28,27 @@ void check_launch(const char* problem, const char* action)
         throw internal_error(cat("CUDA cannot start ", action, " (", problem, ")"));
 }
 
-/// Where an algorithm has a deterministic form, ATen takes it; for the life of the object.
+/// ATen's deterministic algorithms, for the life of the object; FlashAttention looks at the same setting, and takes "warn only" as a no.
+/// Memory is not filled meanwhile, which belongs to that setting otherwise.
 class Deterministic {
   public:
     Deterministic()
-        : was_(at::globalContext().deterministicAlgorithms()), warned_(at::globalContext().deterministicAlgorithmsWarnOnly())
+        : was_(at::globalContext().deterministicAlgorithms()), warned_(at::globalContext().deterministicAlgorithmsWarnOnly()),
+          filled_(at::globalContext().deterministicFillUninitializedMemory())
     {
-        at::globalContext().setDeterministicAlgorithms(true, true);
+        at::globalContext().setDeterministicAlgorithms(true, false);
+        at::globalContext().setDeterministicFillUninitializedMemory(false);
     }
-    ~Deterministic() { at::globalContext().setDeterministicAlgorithms(was_, warned_); }
+    ~Deterministic()
+    {
+        at::globalContext().setDeterministicAlgorithms(was_, warned_);
+        at::globalContext().setDeterministicFillUninitializedMemory(filled_);
+    }
     Deterministic(const Deterministic&) = delete;
     Deterministic& operator=(const Deterministic&) = delete;
 
   private:
-    bool was_, warned_;
+    bool was_, warned_, filled_;
 };
 
 /// LibTorch's FlashAttention-2, of bf16.
@@ -63,9 +70,9 @@ class FlashAttention final : public PackedAttention {
             random_state_ = at::empty({2}, q.options().dtype(at::kUInt64));
             unused_ = at::empty({}, q.options().dtype(at::kUInt64));
         }
-        auto [dq, dk, dv] = at::_flash_attention_backward(d_out.contiguous(), q, k, v, out.contiguous(), lse.contiguous(),
-                                                          s.query_begin, s.key_begin, s.longest_query, s.longest_key, no_dropout,
-                                                          true, random_state_, unused_, static_cast<double>(scale));
+        auto [dq, dk, dv] = at::_flash_attention_backward(d_out, q, k, v, out, lse.contiguous(), s.query_begin, s.key_begin,
+                                                          s.longest_query, s.longest_key, no_dropout, true, random_state_, unused_,
+                                                          static_cast<double>(scale));
         return {dq, dk, dv};
     }
 

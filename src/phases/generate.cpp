@@ -21,6 +21,7 @@
 #include "selm/algo/schedule.hpp"
 #include "selm/base/error.hpp"
 #include "selm/base/log.hpp"
+#include "selm/base/scope_end.hpp"
 #include "selm/comm/agree.hpp"
 #include "selm/comm/claim.hpp"
 #include "selm/comm/stop_condition.hpp"
@@ -173,6 +174,7 @@ class Generator {
         Clock::time_point synced = start;
         bool finished = false;
         model_.set_between_layers([&queue] { queue.poll(); });
+        const ScopeEnd no_more([this] { model_.set_between_layers({}); });
         while (!finished || !batch_.empty()) {
             poll(queue);
             if (queue.stopped())
@@ -192,7 +194,6 @@ class Generator {
                 synced = Clock::now();
             }
         }
-        model_.set_between_layers({});
         journal_.sync();
         progress_.update(rows_, batch_.new_tokens());
         progress_.flush();

@@ -10,6 +10,7 @@
 #include "packed_rows.hpp"
 #include "selm/base/error.hpp"
 #include "selm/base/log.hpp"
+#include "selm/base/scope_end.hpp"
 #include "selm/comm/agree.hpp"
 #include "selm/comm/claim.hpp"
 #include "selm/comm/stop_condition.hpp"
@@ -161,6 +162,7 @@ class Scorer {
     void run(WorkQueue& queue)
     {
         model_.set_between_layers([&queue] { queue.poll(); });
+        const ScopeEnd no_more([this] { model_.set_between_layers({}); });
         std::optional<PackedRow> next;
         for (bool finished = false; !finished || next;) {
             std::vector<PackedRow> rows;
@@ -186,7 +188,6 @@ class Scorer {
             }
             poll(queue);
         }
-        model_.set_between_layers({});
         journal_.sync();
         progress_.flush();
     }

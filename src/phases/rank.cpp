@@ -11,6 +11,7 @@
 #include "selm/base/error.hpp"
 #include "selm/base/hash.hpp"
 #include "selm/base/log.hpp"
+#include "selm/base/scope_end.hpp"
 #include "selm/comm/agree.hpp"
 #include "selm/comm/claim.hpp"
 #include "selm/comm/stop_condition.hpp"
@@ -199,6 +200,7 @@ class RankerPass {
     {
         double next_line_s = 10;
         set_between_layers([&work] { work.poll(); });
+        const ScopeEnd no_more([this] { set_between_layers({}); });
         for (bool finished = false; !finished;) {
             std::vector<std::int64_t> blocks;
             while (blocks.size() < at_a_time) {
@@ -223,7 +225,6 @@ class RankerPass {
                 next_line_s += 10;
             }
         }
-        set_between_layers({});
     }
 
     void set_between_layers(const std::function<void()>& work)
