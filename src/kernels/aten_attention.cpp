@@ -138,6 +138,7 @@ void expect_span(const CachedSpan& span, const AtenKvCache& cache, std::int64_t 
     SELM_EXPECT(span.prefix_slot < 0 || (span.prefill && span.position_begin > 0 && span.prefix_slot < cache.slots() &&
                                          span.prefix_slot != span.slot));
 }
+
 } // namespace
 
 aten::Inputs aten::split(const Tensor& qkv, const AttentionShape& shape)
@@ -160,7 +161,7 @@ void aten::copy_prefix(const AtenKvCache& cache, std::int64_t layer, const Cache
 }
 
 void aten::attend_span(const at::Tensor& q, const AttentionShape& shape, const AtenKvCache& cache, std::int64_t layer,
-                 const CachedSpan& span, const at::Tensor& out)
+                       const CachedSpan& span, const at::Tensor& out)
 {
     const at::Tensor keys = cache.keys(layer, span.slot), values = cache.values(layer, span.slot);
     for (std::int64_t begin = 0; begin < span.count; begin += prefill_tile) {
@@ -265,8 +266,6 @@ void AtenEngine::attention_cached(const Tensor& qkv, const AttentionShape& shape
     const Inputs in = split(qkv, shape);
     const at::Tensor out_heads = view_heads(out, 0, shape.heads, shape.head_dim);
     for (const CachedSpan& span : spans) {
-        if (span.slot < 0)
-            continue;
         aten::copy_prefix(store, layer, span);
         store.keys(layer, span.slot).narrow(0, span.position_begin, span.count).copy_(in.k.narrow(0, span.row_begin, span.count));
         store.values(layer, span.slot).narrow(0, span.position_begin, span.count).copy_(in.v.narrow(0, span.row_begin, span.count));

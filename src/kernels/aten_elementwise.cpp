@@ -51,8 +51,10 @@ void AtenEngine::embed(std::span<const std::int32_t> tokens, const Tensor& embed
     SELM_EXPECT(static_cast<std::int64_t>(tokens.size()) == x_TH.rows && x_TH.columns == embedding_VH.columns);
     expect_in_range(tokens, embedding_VH.rows);
     const c10::InferenceMode no_autograd;
-    if (!tokens.empty())
-        view(x_TH).copy_(at::index_select(view(embedding_VH), 0, embedding_VH.device == device_ ? index(tokens) : index_tensor(tokens, embedding_VH.device)));
+    if (tokens.empty())
+        return;
+    const at::Tensor rows = embedding_VH.device == device_ ? index(tokens) : index_tensor(tokens, embedding_VH.device);
+    view(x_TH).copy_(at::index_select(view(embedding_VH), 0, rows));
 }
 
 void AtenEngine::embed_backward(std::span<const std::int32_t> tokens, const Tensor& dx_TH, const Tensor& d_embedding_VH)

@@ -11,10 +11,16 @@
 #include <ATen/ops/ones.h>
 #include <ATen/ops/zeros_like.h>
 
-#include <dlfcn.h>
+#include <cstdint>
+#include <functional>
+#include <limits>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <vector>
+
+#include <dlfcn.h>
 
 #include "aten_parts.hpp"
 

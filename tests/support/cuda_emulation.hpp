@@ -2,10 +2,11 @@
 
 #include <ucontext.h>
 
-#include <cstdint>
+#include <algorithm>
+#include <cstddef>
 #include <functional>
-#include <memory>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 // Runs CUDA kernels on the CPU, a block of threads at a time: every thread is a context of its own that runs until it meets
