@@ -97,11 +97,24 @@ class Block {
         makecontext(&thread.context, &Block::enter, 0);
     }
 
+    /// To the next thread of the warp that can run, or back to the scheduler.
     void leave(State state)
     {
         Thread& thread = threads_[current_];
         thread.state = state;
-        swapcontext(&thread.context, &scheduler_);
+        const std::size_t end = std::min((current_ / warp_size + 1) * warp_size, threads_.size());
+        std::size_t next = current_ + 1;
+        while (next < end && threads_[next].state != State::ready)
+            ++next;
+        if (next < end)
+            choose(next);
+        swapcontext(&thread.context, next < end ? &threads_[next].context : &scheduler_);
+    }
+
+    void choose(std::size_t i)
+    {
+        current_ = i;
+        thread_index = {static_cast<unsigned>(i)};
     }
 
     bool all(std::size_t begin, std::size_t end, State state) const
@@ -119,8 +132,7 @@ class Block {
             for (std::size_t i = begin; i < end; ++i) {
                 if (threads_[i].state != State::ready)
                     continue;
-                current_ = i;
-                thread_index = {static_cast<unsigned>(i)};
+                choose(i);
                 swapcontext(&scheduler_, &threads_[i].context);
             }
             if (all(begin, end, State::at_barrier) || all(begin, end, State::ended))

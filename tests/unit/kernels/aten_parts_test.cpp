@@ -152,11 +152,12 @@ const std::vector<AttentionShape>& shapes()
 TEST(CachedAttentionKernels, as_defined_in_any_order_of_the_warps)
 {
     for (const AttentionShape& shape : shapes()) {
-        CachedCase<float> f32(shape, {1, 37, 255, 256, 257, 530});
+        const bool is_first = &shape == shapes().data();
+        CachedCase<float> f32(shape, is_first ? std::vector<std::int64_t>{1, 37, 255, 256, 257, 530} : std::vector<std::int64_t>{37, 257});
         const auto out = f32.run(f32.splits(), false);
         f32.check(out, 5e-6);
         EXPECT_EQ(f32.run(f32.splits(), true), out) << "warps in the other order";
-        CachedCase<std::uint16_t> bf16(shape, {1, 37, 257});
+        CachedCase<std::uint16_t> bf16(shape, {1, 261});
         bf16.check(bf16.run(bf16.splits(), false), 4.0 / 256);
     }
 }

@@ -98,20 +98,23 @@ const std::vector<Lengths> lengths = {{1, 3}, {5, 9}, {63, 66}, {64, 67}, {65, 7
 
 TEST_P(CachedAttentionTest, prefill_and_decode_as_defined)
 {
+    std::vector<Lengths> cases = lengths;
+    if (GetParam() == "aten_parts") // emulated: few single tokens
+        cases.back().length = 12;
     for (const AttentionShape shape : {AttentionShape{3, 1, 16, 0.25f}, AttentionShape{9, 3, 64, 0.125f}}) {
         std::vector<Sequence> sequences;
-        for (std::size_t i = 0; i < lengths.size(); ++i)
-            sequences.push_back(sequence(shape, static_cast<std::int64_t>((5 * i + 3) % lengths.size()),
-                                         lengths[i].prompt, lengths[i].length, static_cast<unsigned>(i)));
-        const std::vector<Matrix> results = run(shape, sequences, static_cast<std::int64_t>(lengths.size()), 131, 2);
-        for (std::size_t i = 0; i < lengths.size(); ++i) {
-            const Segment whole{0, lengths[i].length, -1};
+        for (std::size_t i = 0; i < cases.size(); ++i)
+            sequences.push_back(sequence(shape, static_cast<std::int64_t>((5 * i + 3) % cases.size()),
+                                         cases[i].prompt, cases[i].length, static_cast<unsigned>(i)));
+        const std::vector<Matrix> results = run(shape, sequences, static_cast<std::int64_t>(cases.size()), 131, 2);
+        for (std::size_t i = 0; i < cases.size(); ++i) {
+            const Segment whole{0, cases[i].length, -1};
             const Matrix expected = reference::attention(sequences[i].qkv, shape, std::span(&whole, 1)).out;
             const Matrix rounding = rounding_of_attention(sequences[i].qkv, shape, std::span(&whole, 1));
             expect_close(
                 results[i], expected,
                 [&](std::size_t e) { return 5e-6 + rounding.values[e]; }, // as in AttentionTest
-                cat("head_dim ", shape.head_dim, " prompt ", lengths[i].prompt, " length ", lengths[i].length));
+                cat("head_dim ", shape.head_dim, " prompt ", cases[i].prompt, " length ", cases[i].length));
         }
     }
 }
