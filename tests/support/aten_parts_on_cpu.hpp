@@ -12,6 +12,7 @@
 #include <ATen/ops/zeros_like.h>
 
 #include <cstdint>
+#include <filesystem>
 #include <functional>
 #include <limits>
 #include <memory>
@@ -210,7 +211,8 @@ inline std::unique_ptr<Engine> make_aten_engine_of(aten::Parts parts)
     return std::unique_ptr<Engine>(::selm_make_aten_engine_of({.engine = "aten"}, parts));
 #else
     make_engine({.engine = "aten"}); // loads the library; throws where that fails
-    const auto loaded = ::dlopen("libselm_aten.so", RTLD_NOW | RTLD_NOLOAD);
+    const auto library = std::filesystem::read_symlink("/proc/self/exe").parent_path().parent_path() / "lib" / "libselm_aten.so";
+    const auto loaded = ::dlopen(library.c_str(), RTLD_NOW | RTLD_NOLOAD); // by its path: a sanitizer's dlopen searches its own run path
     if (loaded == nullptr)
         throw std::runtime_error(::dlerror());
     const auto make = reinterpret_cast<decltype(&::selm_make_aten_engine_of)>(::dlsym(loaded, "selm_make_aten_engine_of"));
